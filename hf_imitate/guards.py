@@ -1,0 +1,99 @@
+"""When a game between imitator and distinguisher has gone wrong, and what to say about it."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+DECAY = 0.9
+TRUNCATION_MARGIN = 0.10
+BELOW_CHANCE = 0.40
+TOO_STRONG = 0.98
+VANISHED_SPREAD = 1e-3  # nats; rewards of a question's answers that differ by less carry no direction
+PATIENCE = 20
+STOP_AFTER = 50
+
+
+@dataclass
+class Guard:
+    """Watches the game and pauses the imitator where its reward carries no signal or the wrong one.
+
+    While it pauses, the distinguisher goes on learning (and the likelihood term, where there is one, goes on pulling
+    the imitator back). After 50 paused generation batches in a row training stops. Every process sees the same numbers
+    and so decides the same.
+
+    Attributes:
+        accuracy: moving average of the paired accuracy on fresh answers; `None` before the first.
+        truncated: moving average of the imitator's truncated share.
+        truncated_at_start: that share over the first batch of the game.
+        num_low: generation batches in a row with the accuracy below chance.
+        num_paused: generation batches in a row without a step of the imitator.
+        said: reasons already given, each once per pause.
+    """
+
+    accuracy: float | None = None
+    truncated: float | None = None
+    truncated_at_start: float | None = None
+    num_low: int = 0
+    num_paused: int = 0
+    said: list[str] = field(default_factory=list)
+
+    def update(self, accuracy: float | None, spread: float, truncated: float, truncated_human: float) -> str | None:
+        """Take in one generation batch of the game.
+
+        Args:
+            accuracy: paired accuracy on it; `None` without labelled questions.
+            spread: mean over questions of the standard deviation of rewards, nats.
+            truncated, truncated_human: share of answers cut at the limit, per side.
+
+        Returns:
+            The reason to pause the imitator on this batch, in plain words, or `None`.
+        """
+        if accuracy is not None:
+            self.accuracy = accuracy if self.accuracy is None else DECAY * self.accuracy + (1 - DECAY) * accuracy
+            self.num_low = self.num_low + 1 if self.accuracy < BELOW_CHANCE else 0
+        self.truncated = truncated if self.truncated is None else DECAY * self.truncated + (1 - DECAY) * truncated
+        if self.truncated_at_start is None:
+            self.truncated_at_start = truncated
+        reason = self._reason(spread, truncated_human)
+        self.num_paused = self.num_paused + 1 if reason else 0
+        if not reason:
+            self.said.clear()
+        return reason
+
+    def _reason(self, spread: float, truncated_human: float) -> str | None:
+        allowed = max(truncated_human, self.truncated_at_start) + TRUNCATION_MARGIN
+        if self.truncated > allowed:
+            return (
+                f"The imitator stops ending its answers: {self.truncated:.0%} run into the length limit, the human's "
+                f"{truncated_human:.0%}. It is not paid until that ends. Likely causes: a distinguisher too weak at the "
+                "start (raise `distinguisher_warmup_steps`), or a learning rate too high for the imitator."
+            )
+        if spread < VANISHED_SPREAD and (self.accuracy or 0.0) > TOO_STRONG:
+            return (
+                f"The distinguisher is too strong to teach: it is right in {self.accuracy:.0%} of pairs and rewards all "
+                "answers to a question alike. The imitator waits. Look for a surface leak, lower "
+                "`distinguisher_learning_rate`, or warm the imitator up for longer."
+            )
+        if self.num_low >= PATIENCE:
+            return (
+                f"The distinguisher is below chance (it prefers the imitator's answer in {1 - self.accuracy:.0%} of "
+                "pairs), so its reward points the wrong way. The imitator waits. Raise `distinguisher_learning_rate` "
+                "or `distinguisher_steps`, or lower the imitator's `learning_rate`."
+            )
+        return None
+
+    def is_news(self, reason: str) -> bool:
+        """Whether this kind of reason was not given yet in this pause."""
+        kind = reason[:40]
+        if kind in self.said:
+            return False
+        self.said.append(kind)
+        return True
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether the pause has lasted too long to hope for an end."""
+        return self.num_paused >= STOP_AFTER
+
+    def state(self) -> dict[str, Any]:
+        """JSON-ready state."""
+        return asdict(self)

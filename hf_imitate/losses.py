@@ -1,0 +1,160 @@
+"""MATH: what each trainer minimises or pays, as pure functions. Q questions, G generations of each; logits are nats."""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CENTERING = 0.01
+REWARD_CLIP = 5.0
+
+
+def bradley_terry_loss(logit_human: Tensor, logit_imitator: Tensor) -> Tensor:
+    """Loss of telling the human's answer from the imitator's answer to the same question, one value per pair.
+
+        -log sigmoid(s_human - s_imitator) + 0.01 (s_human + s_imitator)^2
+
+    Its optimum is s(x, y) = log p_human(y|x) - log p_imitator(y|x) + c(x). The small second term pins the free
+    constant c(x); it shrinks the slope to about .91 and leaves the fixed point alone.
+
+    Args:
+        logit_human, logit_imitator: distinguisher logits, high means human. Same shape.
+
+    Returns:
+        Loss per pair, nats. Same shape, at least 0.
+
+    Source:
+        Bradley and Terry (1952); for distinguishers of language models https://huggingface.co/papers/2511.10643
+    """
+    return -F.logsigmoid(logit_human - logit_imitator) + CENTERING * (logit_human + logit_imitator).square()
+
+
+def binary_cross_entropy_loss(logit_human: Tensor, logit_imitator: Tensor) -> Tensor:
+    """Loss of labelling each answer on its own, balanced, one value per pair; its optimum has c(x) = 0.
+
+        -1/2 log sigmoid(s_human) - 1/2 log sigmoid(-s_imitator)
+
+    Source:
+        Goodfellow et al. (2014), https://huggingface.co/papers/1406.2661
+    """
+    return -0.5 * (F.logsigmoid(logit_human) + F.logsigmoid(-logit_imitator))
+
+
+DISTINGUISHER_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "bradley_terry": bradley_terry_loss,
+    "bce": binary_cross_entropy_loss,
+}
+
+
+def leave_one_out(values: Tensor, keep: Tensor | None = None) -> Tensor:
+    """Centre each value by the mean of the *other* kept values of its question.
+
+    With this baseline E[(s_i - mean of the others) grad log pi(y_i)] = -grad KL(pi || p_human) at the distinguisher's
+    optimum, with factor 1 (the plain mean gives 1 - 1/G).
+
+    Args:
+        values: one value per generation. [Q, G].
+        keep: `False` where a generation has left its group. [Q, G].
+
+    Returns:
+        Centred values, [Q, G]: each question's kept values sum to 0; those that left, and a group of one, are 0.
+    """
+    keep = torch.ones_like(values, dtype=torch.bool) if keep is None else keep
+    kept = torch.where(keep, values, 0.0)
+    num_kept = keep.sum(dim=1, keepdim=True)
+    mean_of_others = (kept.sum(dim=1, keepdim=True) - kept) / (num_kept - 1).clamp(min=1)
+    return torch.where(keep & (num_kept > 1), values - mean_of_others, 0.0)
+
+
+def logit_reward(logit_imitator: Tensor, logit_human: Tensor) -> Tensor:
+    """The logit itself: an estimate of log p_human - log p_imitator, so its policy gradient is that of reverse KL."""
+    return logit_imitator
+
+
+def pair_reward(logit_imitator: Tensor, logit_human: Tensor) -> Tensor:
+    """sigmoid(s_imitator - s_human): the probability of being preferred to the human's answer. Bounded."""
+    return torch.sigmoid(logit_imitator - logit_human[:, None])
+
+
+def gail_reward(logit_imitator: Tensor, logit_human: Tensor) -> Tensor:
+    """-log(1 - D) = softplus(s). An f-divergence only where c(x) = 0, hence only with the "bce" loss.
+
+    Source:
+        Ho and Ermon, https://huggingface.co/papers/1606.03476
+    """
+    return F.softplus(logit_imitator)
+
+
+IMITATOR_REWARDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "logit": logit_reward,
+    "pair": pair_reward,
+    "gail": gail_reward,
+}
+
+
+def imitator_reward(
+    kind: str, logit_imitator: Tensor, logit_human: Tensor, truncated: Tensor, truncated_answers: str = "score"
+) -> Tensor:
+    """What the imitator is paid for each answer: centred leave-one-out, clipped at 5 nats, centred again.
+
+    Clipping after centring keeps the fixed point; where it bites, the gradient is no longer exactly that of the KL.
+
+    Args:
+        kind: "logit", "pair" or "gail".
+        logit_imitator: logits of the generations, taken before this batch's update of the distinguisher. [Q, G].
+        logit_human: logits of the human answers; NaN where a question has none. [Q].
+        truncated: generations cut at the length limit. [Q, G], bool.
+        truncated_answers: "score" treats them as any other; "drop" takes them out of their group;
+            "penalty" gives them their group's lowest reward before centring.
+
+    Returns:
+        Rewards, [Q, G], each question's sum is 0; "drop"ped answers are NaN.
+    """
+    raw = IMITATOR_REWARDS[kind](logit_imitator, logit_human)
+    if truncated_answers == "penalty":
+        raw = penalize_truncated(raw, truncated)
+    keep = ~truncated if truncated_answers == "drop" else torch.ones_like(truncated)
+    clipped = leave_one_out(raw, keep).clamp(-REWARD_CLIP, REWARD_CLIP)
+    num_kept = keep.sum(dim=1, keepdim=True).clamp(min=1)
+    centred = clipped - clipped.sum(dim=1, keepdim=True) / num_kept
+    return torch.where(keep, centred, torch.nan)
+
+
+def penalize_truncated(rewards: Tensor, truncated: Tensor) -> Tensor:
+    """Give each truncated answer the lowest reward of its question's generations. [Q, G]."""
+    lowest = rewards.min(dim=1, keepdim=True).values.expand_as(rewards)
+    return torch.where(truncated, lowest, rewards)
+
+
+def retrodictive_loss(log_prob: Tensor, weight: Tensor) -> Tensor:
+    """Minus the weighted mean log-probability of human answers, each summed over its tokens, nats. Scalar.
+
+    The sum matters: a mean over each answer's tokens has its optimum at p_human(answer) / length.
+
+    Args:
+        log_prob: log p(answer | question), nats. [B].
+        weight: weight of each row. [B].
+    """
+    return -(weight * log_prob).sum() / weight.sum().clamp(min=torch.finfo(log_prob.dtype).tiny)
+
+
+def paired_wins(logit_human: Tensor, logit_imitator: Tensor) -> Tensor:
+    """1 where the human's answer scores higher, 1/2 where both score the same, else 0. Same shape."""
+    return 0.5 * (1 + torch.sign(logit_human - logit_imitator))
+
+
+def updated_multiplier(multiplier: float, violation: float, rate: float = 0.05, limit: float = 100.0) -> float:
+    """One step of the Lagrange multiplier that keeps a budget: multiplicative, so it stays positive.
+
+        multiplier * exp(rate * violation), kept within [1 / limit, limit]
+
+    Args:
+        multiplier: current weight of the likelihood term.
+        violation: nats by which the mean human log-probability lies below what the budget allows; negative if inside.
+        rate: step size per nat. One step moves by at most a factor e^(rate * 4).
+        limit: largest multiplier, and the inverse of the smallest.
+    """
+    step = rate * min(max(violation, -4.0), 4.0)
+    return min(max(multiplier * math.exp(step), 1 / limit), limit)

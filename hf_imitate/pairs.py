@@ -1,0 +1,182 @@
+"""One question, the human's answer and the imitator's: what a distinguisher learns from, and one step of learning."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_imitate.losses import DISTINGUISHER_LOSSES
+from hf_imitate.rendering import Answer
+
+if TYPE_CHECKING:
+    from hf_imitate.distinguisher import Distinguisher
+
+CHECK_LEARNING_RATE = (
+    3e-2  # Adam moves a scalar by about its rate per step: at the adapter's rate it would stand still
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A question with the human's answer and one or more of the imitator's.
+
+    Attributes:
+        prompt: the question, as in the data set.
+        human: what the human answered.
+        imitator: what the imitator answered. K answers.
+        weight: weight of the row; shared by its K comparisons.
+        human_checks: outcomes of the C checks on the human's answer, NaN where one does not apply.
+        imitator_checks: the same for each imitator answer. K tuples of C.
+    """
+
+    prompt: str | list
+    human: Answer
+    imitator: tuple[Answer, ...]
+    weight: float = 1.0
+    human_checks: tuple[float, ...] = ()
+    imitator_checks: tuple[tuple[float, ...], ...] = ()
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> "Pair":
+        """Read back a pair that went through JSON as `dataclasses.asdict` gives it."""
+        return cls(
+            stored["prompt"],
+            Answer(*stored["human"]),
+            tuple(Answer(*answer) for answer in stored["imitator"]),
+            stored["weight"],
+            tuple(stored["human_checks"]),
+            tuple(tuple(outcomes) for outcomes in stored["imitator_checks"]),
+        )
+
+
+class Logits(NamedTuple):
+    """Logits of one pair, by comparison: K of the human's answer (they differ only where a check does not apply to
+    one side and is left out on both), and K of the imitator's."""
+
+    human: Tensor
+    imitator: Tensor
+
+
+class StepResult(NamedTuple):
+    """What one update saw: the mean loss per comparison in nats, and every pair's logits from *before* the update."""
+
+    loss: float
+    logits: list[Logits]
+
+
+class Learner:
+    """A distinguisher with its optimizer. One `step` is one update on all the pairs given, however they are split.
+
+    Args:
+        distinguisher ([`Distinguisher`]): what learns.
+        learning_rate (`float`): of adapter and head; the check weights have a rate of their own.
+        loss (`str`): "bradley_terry" or "bce".
+        max_rows (`int`): most answers in one forward.
+        max_grad_norm (`float`): gradients are clipped to this norm.
+        reduce (`Callable[[Tensor], Tensor]`, *optional*): sum over processes. Every process must call `step` equally
+            often; one without pairs gives an empty list.
+    """
+
+    def __init__(
+        self,
+        distinguisher: "Distinguisher",
+        learning_rate: float,
+        loss: str = "bradley_terry",
+        max_rows: int = 64,
+        max_grad_norm: float = 1.0,
+        reduce: Callable[[Tensor], Tensor] | None = None,
+    ):
+        self.distinguisher, self.loss, self.max_rows, self.max_grad_norm = distinguisher, loss, max_rows, max_grad_norm
+        self.reduce = reduce
+        self.parameters = distinguisher.trainable_parameters()
+        groups = [{"params": self.parameters, "lr": learning_rate}]
+        if distinguisher.check_names:
+            groups.append({"params": [distinguisher.check_weights], "lr": CHECK_LEARNING_RATE})
+            self.parameters = [*self.parameters, distinguisher.check_weights]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        self.learning_rates = [group["lr"] for group in self.optimizer.param_groups]
+
+    def step(self, pairs: Sequence[Pair], lr_scale: float = 1.0) -> StepResult:
+        """Update on all `pairs` together.
+
+        Raises:
+            FloatingPointError: a logit is not finite; nothing was updated.
+        """
+        comparisons = sum(pair.weight for pair in pairs)
+        total = self._reduced(torch.tensor([comparisons], device=self.distinguisher.device)).item()
+        logits: list[Logits] = []
+        loss_sum = 0.0
+        with self.distinguisher.active():
+            for parameter in self.parameters:
+                parameter.requires_grad_(True)
+            for chunk in self._chunks(pairs):
+                seen = self._forward(chunk)
+                loss = self._weighted_loss(chunk, seen) / max(total, 1e-12)
+                if not torch.isfinite(loss):
+                    raise FloatingPointError(
+                        f"The distinguisher's loss is {loss.item()} on {len(chunk)} pairs. Lower "
+                        "`distinguisher_learning_rate`, or train the distinguisher in fp32."
+                    )
+                loss.backward()
+                loss_sum += loss.item()
+                logits += [Logits(pair.human.detach(), pair.imitator.detach()) for pair in seen]
+            self._reduce_gradients()
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+            for group, rate in zip(self.optimizer.param_groups, self.learning_rates, strict=True):
+                group["lr"] = rate * lr_scale
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(loss_sum, logits)
+
+    @torch.no_grad()
+    def score(self, pairs: Sequence[Pair]) -> list[Logits]:
+        """Logits of every pair, without learning."""
+        with self.distinguisher.active():
+            return [logits for chunk in self._chunks(pairs) for logits in self._forward(chunk)]
+
+    def _chunks(self, pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
+        chunk: list[Pair] = []
+        rows = 0
+        for pair in pairs:
+            needed = 1 + len(pair.imitator)
+            if chunk and rows + needed > self.max_rows:
+                yield chunk
+                chunk, rows = [], 0
+            chunk.append(pair)
+            rows += needed
+        if chunk:
+            yield chunk
+
+    def _forward(self, pairs: Sequence[Pair]) -> list[Logits]:
+        d = self.distinguisher
+        prompts = [pair.prompt for pair in pairs for _ in range(1 + len(pair.imitator))]
+        answers = [answer for pair in pairs for answer in (pair.human, *pair.imitator)]
+        texts = d.text_logits(d.encode(prompts, answers)).split([1 + len(pair.imitator) for pair in pairs])
+        result = []
+        for pair, text in zip(pairs, texts, strict=True):
+            human, imitator = text[:1].expand(len(pair.imitator)), text[1:]
+            if pair.imitator_checks:
+                on_human = torch.tensor(pair.human_checks, device=text.device).expand(len(pair.imitator), -1)
+                on_imitator = torch.tensor(pair.imitator_checks, device=text.device)
+                # A check that does not apply to one side says nothing about the comparison: left out on both.
+                human = human + d.check_logits(torch.where(on_imitator.isnan(), torch.nan, on_human))
+                imitator = imitator + d.check_logits(torch.where(on_human.isnan(), torch.nan, on_imitator))
+            result.append(Logits(human, imitator))
+        return result
+
+    def _weighted_loss(self, pairs: Sequence[Pair], logits: Sequence[Logits]) -> Tensor:
+        compare = DISTINGUISHER_LOSSES[self.loss]
+        return sum(
+            pair.weight * compare(seen.human, seen.imitator).mean() for pair, seen in zip(pairs, logits, strict=True)
+        )
+
+    def _reduced(self, tensor: Tensor) -> Tensor:
+        return tensor if self.reduce is None else self.reduce(tensor)
+
+    def _reduce_gradients(self) -> None:
+        for parameter in self.parameters:
+            if self.reduce is not None:
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.reduce(gradient)

@@ -1,0 +1,379 @@
+"""A small base model, trained here where none can be downloaded: for the demo, the examples and the tests.
+
+It has read the running Python's prose and none of the questions and answers of [`load_docstrings`].
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from hf_imitate.docstrings import PROSE_VERSION, load_docstrings, load_prose, prose_files
+
+logger = logging.getLogger(__name__)
+
+END_TOKEN, PAD_TOKEN = "<|endoftext|>", "<|pad|>"
+NUM_RESERVED = 8
+RESERVED_TOKENS = tuple(f"<|reserved_{number}|>" for number in range(NUM_RESERVED))
+_TRAINING_SHARE = 0.93  # of the time, after reading
+_WARM_UP_STEPS, _MEASURED_STEPS = 2, 10  # the first steps are slow and would misstate the speed
+_UNFINISHED = ".unfinished-tiny-base-"
+_SECONDS_PER_DAY = 86_400
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {remaining} left, {postfix}"
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """All that decides what is trained; a change of any value is another cache entry."""
+
+    vocab_size: int = 3072
+    hidden_size: int = 192
+    intermediate_size: int = 512
+    num_layers: int = 4
+    num_heads: int = 6
+    num_key_value_heads: int = 2
+    head_dim: int = 32
+    max_length: int = 512
+    sequence_length: int = 128
+    batch_size: int = 16
+    learning_rate: float = 3e-3
+    warmup_share: float = 0.05
+    weight_decay: float = 0.1
+    beta2: float = 0.95
+    heldout_share: float = 0.02
+    max_epochs: float = 6.0  # past it a model of this size learns the text by heart
+    revision: int = 1  # of the code below
+
+
+class _Trained(NamedTuple):
+    num_tokens: int
+    tokens_per_second: float
+
+
+def tiny_base(
+    cache_dir: str | os.PathLike | None = None,
+    *,
+    max_seconds: float = 180.0,
+    seed: int = 0,
+    progress: bool = True,
+    _prose: Sequence[str] | None = None,
+    _recipe: _Recipe = _Recipe(),
+) -> Path:
+    """Train a small causal LM on the running Python's prose, or return the one trained before.
+
+    A byte-level BPE tokenizer with an end token, a pad token and eight reserved special ids, and a Qwen3 model of 2
+    million parameters with tied embeddings and 512 positions. The number of steps follows from the tokens per second
+    measured in the first steps, so that reading, training and saving together stay below `max_seconds`.
+
+    The folder loads by `AutoModelForCausalLM.from_pretrained(path)` and `AutoTokenizer.from_pretrained(path)`; its
+    `base.json` holds the held-out bits per byte, tokens, seconds, data hash and versions. It appears in one piece: a
+    killed build leaves no half model.
+
+    Args:
+        cache_dir (`str` or `os.PathLike`, *optional*):
+            Where bases are kept. Defaults to the environment variable `HF_IMITATE_CACHE`, else to `hf-imitate` in the
+            user's cache folder. The entry's name is a hash of the prose, the recipe, the time and the seed.
+        max_seconds (`float`, *optional*, defaults to `180.0`):
+            Wall-clock seconds for everything; the more, the better the base.
+        seed (`int`, *optional*, defaults to `0`):
+            Of the weights and of the order of the text.
+        progress (`bool`, *optional*, defaults to `True`):
+            Whether to show a bar with the time left and print the result.
+
+    Returns:
+        `pathlib.Path`: the folder of the base model.
+
+    Raises:
+        ValueError: `max_seconds` is not positive, or reading the prose alone used it up.
+        FileNotFoundError: the running Python came without its sources.
+    """
+    started = time.monotonic()
+    if not max_seconds > 0:
+        raise ValueError(f"`max_seconds` is {max_seconds}; training needs a positive time. Leave it at 180.")
+    folder = Path(cache_dir) if cache_dir is not None else _default_cache_dir()
+    data_hash = _hash_texts(_prose) if _prose is not None else _hash_files(prose_files())
+    key = {"data": data_hash, "recipe": asdict(_recipe), "max_seconds": max_seconds, "seed": seed}
+    path = folder / f"tiny-base-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}"
+    if _is_complete(path):
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    with tqdm(total=max_seconds, desc="tiny base", bar_format=_BAR, disable=not progress) as bar:
+        bar.set_postfix_str("reading the prose")
+        texts = list(_prose) if _prose is not None else load_prose(load_docstrings())
+        train_texts, heldout_texts = _hold_out(texts, _recipe.heldout_share)
+        tokenizer = _train_tokenizer(train_texts, _recipe)
+        train_ids, heldout_ids = _pack(tokenizer, train_texts), _pack(tokenizer, heldout_texts)
+        seconds_read = time.monotonic() - started
+        # The rest is for measuring, saving, and a machine that slows down in the last steps.
+        deadline = started + _TRAINING_SHARE * max_seconds
+        if time.monotonic() >= deadline:
+            raise ValueError(
+                f"`max_seconds` is {max_seconds:g}, and reading the prose took {seconds_read:.0f} s of it; nothing is "
+                f"left for training. Give at least {math.ceil(4 * seconds_read)}."
+            )
+        _advance(bar, seconds_read)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = _new_model(tokenizer, _recipe)
+        trained = _train(model, train_ids, _recipe, seed, deadline, bar)
+        num_bytes = sum(len(text.encode()) for text in heldout_texts)
+        facts = {
+            "bits_per_byte": _bits_per_byte(model, heldout_ids, num_bytes, _recipe),
+            "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "num_tokens": trained.num_tokens,
+            "tokens_per_second": round(trained.tokens_per_second, 1),
+            "seconds": round(time.monotonic() - started, 1),
+            "seconds_reading": round(seconds_read, 1),
+            "num_threads": torch.get_num_threads(),
+            "text": {"num_texts": len(train_texts), "num_tokens": train_ids.numel()},
+            "heldout": {"num_texts": len(heldout_texts), "num_tokens": heldout_ids.numel(), "num_bytes": num_bytes},
+            "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")}
+            | {"python": platform.python_version()},
+            **key,
+        }
+        path = _publish(model, tokenizer, facts, path)
+    summary = (
+        f"Tiny base: {facts['bits_per_byte']:.3f} bits per byte on {len(heldout_texts)} held-out texts, "
+        f"{facts['num_parameters']:,} parameters, {trained.num_tokens:,} tokens, {time.monotonic() - started:.0f} s."
+    )
+    logger.info(summary)
+    if progress:
+        print(summary)
+    return path
+
+
+def _default_cache_dir() -> Path:
+    if named := os.environ.get("HF_IMITATE_CACHE"):
+        return Path(named)
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "hf-imitate"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "hf-imitate"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf-imitate"
+
+
+def _hash_texts(texts: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(hashlib.sha256(text.encode()).digest())
+    return digest.hexdigest()
+
+
+def _hash_files(paths: Sequence[Path]) -> str:
+    """Of the sources, not of the prose: hashing takes a fraction of a second, parsing ten."""
+    digest = hashlib.sha256(f"prose {PROSE_VERSION}".encode())
+    for path in paths:
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _hold_out(texts: Sequence[str], share: float) -> tuple[list[str], list[str]]:
+    """Hold texts out by their own hash, so that a text is on one side whatever else there is; at least one each."""
+    sides: tuple[list[str], list[str]] = ([], [])
+    for text in texts:
+        is_heldout = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) < share * 2**32
+        sides[is_heldout].append(text)
+    train, heldout = sides
+    return (train, heldout) if heldout else (train[1:], train[:1])
+
+
+def _train_tokenizer(texts: Sequence[str], recipe: _Recipe) -> PreTrainedTokenizerFast:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=recipe.vocab_size,
+        special_tokens=[END_TOKEN, PAD_TOKEN, *RESERVED_TOKENS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token=END_TOKEN,
+        pad_token=PAD_TOKEN,
+        model_max_length=recipe.max_length,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _pack(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Tensor:
+    """All texts in one row of ids, an end token before the first and after each. [number of tokens]."""
+    ids = [tokenizer.eos_token_id]
+    encode = tokenizer.backend_tokenizer.encode_batch
+    for encoding in encode(list(texts), add_special_tokens=False):
+        ids += encoding.ids
+        ids.append(tokenizer.eos_token_id)
+    return torch.tensor(ids)
+
+
+def _new_model(tokenizer: PreTrainedTokenizerFast, recipe: _Recipe) -> Qwen3ForCausalLM:
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.intermediate_size,
+        num_hidden_layers=recipe.num_layers,
+        num_attention_heads=recipe.num_heads,
+        num_key_value_heads=recipe.num_key_value_heads,
+        head_dim=recipe.head_dim,
+        max_position_embeddings=recipe.max_length,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = Qwen3ForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return model
+
+
+class _Plan:
+    """How far training has come, from 0 to 1: by steps once their speed is measured, and never behind the clock."""
+
+    def __init__(self, deadline: float, max_steps: int):
+        self.begun = time.monotonic()
+        self.deadline = deadline
+        self.num_steps = max_steps
+        self._steady = self.begun
+
+    def done(self, step: int) -> float:
+        now = time.monotonic()
+        if step == _WARM_UP_STEPS:
+            self._steady = now
+        if step == _WARM_UP_STEPS + _MEASURED_STEPS:
+            seconds_per_step = (now - self._steady) / _MEASURED_STEPS
+            self.num_steps = min(self.num_steps, step + int((self.deadline - now) / seconds_per_step))
+        # A machine that slows down later still reaches the end of the decay in time.
+        return max(step / self.num_steps, (now - self.begun) / (self.deadline - self.begun))
+
+
+def _train(model: Qwen3ForCausalLM, ids: Tensor, recipe: _Recipe, seed: int, deadline: float, bar: tqdm) -> _Trained:
+    tokens_per_step = recipe.batch_size * recipe.sequence_length
+    plan = _Plan(deadline, max_steps=math.ceil(recipe.max_epochs * ids.numel() / tokens_per_step))
+    optimizer = _new_optimizer(model, recipe)
+    seconds_before, num_steps = bar.n, 0
+    model.train()
+    for rows in _batches(ids, recipe, seed):
+        done = plan.done(num_steps)
+        if done >= 1:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * _learning_rate_factor(done, recipe.warmup_share)
+        logits = model(input_ids=rows[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        num_steps += 1
+        bar.set_postfix_str(f"{num_steps} of {plan.num_steps} steps, loss {loss.item():.2f}", refresh=False)
+        _advance(bar, seconds_before + time.monotonic() - plan.begun)
+    seconds = time.monotonic() - plan.begun
+    model.eval()
+    return _Trained(num_steps * tokens_per_step, num_steps * tokens_per_step / seconds)
+
+
+def _advance(bar: tqdm, seconds: float) -> None:
+    """The bar counts seconds of the budget, so the time left that it shows is the time left."""
+    bar.update(max(0.0, min(seconds, bar.total) - bar.n))
+
+
+def _learning_rate_factor(done: float, warmup_share: float) -> float:
+    """Linear up over the first share, linear down to 0 at the end."""
+    if done < warmup_share:
+        return (done + 1e-3) / (warmup_share + 1e-3)
+    return (1 - done) / (1 - warmup_share)
+
+
+def _new_optimizer(model: Qwen3ForCausalLM, recipe: _Recipe) -> torch.optim.Optimizer:
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, recipe.beta2))
+
+
+def _batches(ids: Tensor, recipe: _Recipe, seed: int) -> Iterator[Tensor]:
+    """Rows of consecutive tokens in random order, for ever; each pass cuts at other places. [B, T + 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    length = min(recipe.sequence_length, ids.numel() - 1)
+    while True:
+        num_skipped = int(torch.randint(min(length, ids.numel() - length), (1,), generator=generator))
+        rows = ids[num_skipped:].unfold(0, length + 1, length)
+        order = torch.randperm(len(rows), generator=generator)
+        for chosen in order.split(recipe.batch_size):
+            yield rows[chosen]
+
+
+def _bits_per_byte(model: Qwen3ForCausalLM, ids: Tensor, num_bytes: int, recipe: _Recipe) -> float:
+    """Bits of every held-out token (end tokens too), each seen with what precedes it in its row, per byte of text."""
+    nats = 0.0
+    with torch.inference_mode():
+        for start in range(0, ids.numel() - 1, recipe.sequence_length):
+            row = ids[start : start + recipe.sequence_length + 1]
+            logits = model(input_ids=row[None, :-1]).logits[0]
+            nats += torch.nn.functional.cross_entropy(logits, row[1:], reduction="sum").item()
+    return nats / num_bytes / math.log(2)
+
+
+def _publish(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, facts: dict[str, Any], path: Path) -> Path:
+    """Write everything beside `path` and rename it there, so that `path` is whole or absent."""
+    _remove_left_behind(path.parent)
+    unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=path.parent))
+    try:
+        model.save_pretrained(unfinished, safe_serialization=True)
+        tokenizer.save_pretrained(unfinished)
+        facts["files"] = {file.name: file.stat().st_size for file in sorted(unfinished.iterdir())}
+        (unfinished / "base.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        unfinished.chmod(0o755)
+        if path.exists() and not _is_complete(path):
+            shutil.rmtree(path)
+        try:
+            os.replace(unfinished, path)
+        except OSError:
+            # Another process may have published the same base in the meantime; then its base is the base.
+            if not _is_complete(path):
+                raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return path
+
+
+def _is_complete(path: Path) -> bool:
+    """Whether a base lies there with every file as long as it was when written."""
+    try:
+        sizes = json.loads((path / "base.json").read_text(encoding="utf-8"))["files"]
+        return all((path / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _remove_left_behind(folder: Path) -> None:
+    """Delete what builds killed while saving left a day ago or more; a younger one may still be written to."""
+    for unfinished in folder.glob(f"{_UNFINISHED}*"):
+        if time.time() - unfinished.stat().st_mtime > _SECONDS_PER_DAY:
+            shutil.rmtree(unfinished, ignore_errors=True)

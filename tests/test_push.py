@@ -1,0 +1,194 @@
+"""A push is private, one commit, and holds the imitator and nothing else: shown against a Hub that speaks HTTP."""
+
+import json
+import subprocess
+import sys
+import textwrap
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+from hub_server import hub_environment, hub_server
+
+from hf_imitate.hub_cards.facts import CardFacts
+from hf_imitate.hub_cards.model_card import render_card
+from hf_imitate.hub_cards.push import IGNORED_FILES, push_folder
+
+PUBLISHED = {
+    "README.md": "card",
+    "config.json": "{}",
+    "model.safetensors": "weights",
+    "generation_config.json": "{}",
+    "imitation.json": "{}",
+    "distinguisher/adapter_model.safetensors": "weights",
+    "distinguisher/checks.json": "{}",
+    "audit/audit.json": "{}",
+    "audit/judges.png": "figure",
+    "reference_answers.txt": "kept: only `ref/` is left behind",
+}
+LEFT_BEHIND = [
+    "training_args.bin",
+    "distinguisher/training_args.bin",
+    "completions/completions_00001.parquet",
+    "checkpoint-1/model.safetensors",
+    "checkpoint-1/distinguisher/checks.json",
+    "_private/notes.txt",
+    "optimizer.bin",
+    "scheduler.pt",
+    "rng_state.pth",
+    "rng_state_0.pth",
+    "trainer_state.json",
+    "adversarial_state.safetensors",
+    "adversarial_state/replay.json",
+    "audit/scores.parquet",
+    "ref/adapter_model.safetensors",
+    "runs/events.out.tfevents.1",
+    "logs/log.txt",
+    "pickled.pkl",
+]
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """Run code in a process for which a fresh loopback server is the Hub; what it prints as JSON comes back."""
+
+    def run(code: str) -> object:
+        program = "import json, sys\nfrom huggingface_hub import HfApi\n"
+        program += "from hf_imitate.hub_cards.push import push_folder\n" + textwrap.dedent(code)
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env=hub_environment(url, tmp_path / "home"),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    with hub_server() as url:
+        yield run
+
+
+@pytest.fixture
+def output_dir(tmp_path) -> Path:
+    folder = tmp_path / "me-imitator"
+    for path, content in {**PUBLISHED, **dict.fromkeys(LEFT_BEHIND, "private")}.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(content, encoding="utf-8")
+    render_card(CardFacts(model_name="me-imitator", objective="Adversarial imitation")).save(folder / "README.md")
+    return folder
+
+
+def test_what_may_be_published_arrives_privately_in_one_commit_and_nothing_else(hub, output_dir):
+    seen = hub(f"""
+        commit = push_folder({str(output_dir)!r}, "me/me-imitator", commit_message="My imitator")
+        api = HfApi()
+        titles = [commit.title for commit in api.list_repo_commits("me/me-imitator")]
+        files = api.list_repo_files("me/me-imitator")
+        private = api.model_info("me/me-imitator").private
+        print(json.dumps([files, titles, private, commit.oid == api.model_info("me/me-imitator").sha]))
+    """)
+    files, titles, is_private, is_newest = seen
+    assert sorted(files) == sorted([".gitattributes", *PUBLISHED])
+    assert titles == ["My imitator", "initial commit"]
+    assert is_private
+    assert is_newest
+
+
+def test_a_second_push_sends_only_what_changed(hub, output_dir):
+    seen = hub(f"""
+        from pathlib import Path
+        folder, api = Path({str(output_dir)!r}), HfApi()
+        first = push_folder(folder, "me/me-imitator")
+        same = push_folder(folder, "me/me-imitator")
+        (folder / "imitation.json").write_text('{{"version": 2}}')
+        changed = push_folder(folder, "me/me-imitator", run_as_future=True).result()
+        print(json.dumps([first.oid, same.oid, changed.oid, len(api.list_repo_commits("me/me-imitator"))]))
+    """)
+    first, same, changed, num_commits = seen
+    assert first == same != changed
+    assert num_commits == 3
+
+
+def test_a_branch_is_created_and_main_stays_as_it_was(hub, output_dir):
+    branch_files, main_files = hub(f"""
+        push_folder({str(output_dir)!r}, "me/me-imitator", revision="step-100")
+        push_folder({str(output_dir)!r}, "me/me-imitator", revision="step-100")
+        api = HfApi()
+        print(json.dumps([api.list_repo_files("me/me-imitator", revision=name) for name in ("step-100", "main")]))
+    """)
+    assert set(PUBLISHED) < set(branch_files)
+    assert main_files == [".gitattributes"]
+
+
+def test_private_answers_never_go_to_a_public_repository(hub, output_dir):
+    message, before, after = hub(f"""
+        api = HfApi()
+        api.create_repo("me/public", private=False)
+        try:
+            push_folder({str(output_dir)!r}, "me/public")
+        except ValueError as error:
+            message = str(error)
+        before = api.list_repo_files("me/public")
+        push_folder({str(output_dir)!r}, "me/public", private=False)
+        print(json.dumps([message, before, api.list_repo_files("me/public")]))
+    """)
+    assert "exists and is public" in message
+    assert "private=False" in message
+    assert before == [".gitattributes"]
+    assert set(PUBLISHED) < set(after)
+
+
+def test_a_model_pushed_is_the_model_loaded(hub, tiny_model_dir):
+    is_private, largest_difference = hub(f"""
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        push_folder({str(tiny_model_dir)!r}, "me/tiny")
+        here, there = (AutoModelForCausalLM.from_pretrained(name) for name in ({str(tiny_model_dir)!r}, "me/tiny"))
+        ids = AutoTokenizer.from_pretrained("me/tiny")("def f(x):", return_tensors="pt")["input_ids"]
+        difference = (here(ids).logits - there(ids).logits).abs().max().item()
+        print(json.dumps([HfApi().model_info("me/tiny").private, difference]))
+    """)
+    assert is_private
+    assert largest_difference == 0.0
+
+
+def test_a_stranger_sees_no_private_repository(hub, output_dir):
+    names = hub(f"""
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+        from huggingface_hub import hf_hub_download
+        push_folder({str(output_dir)!r}, "me/me-imitator")
+        seen = []
+        for call in (lambda: HfApi(token=False).model_info("me/me-imitator"),
+                     lambda: hf_hub_download("me/me-imitator", "README.md", token=False),
+                     lambda: push_folder({str(output_dir)!r}, "me/other", token="hf_wrong")):
+            try:
+                call()
+            except HfHubHTTPError as error:
+                seen.append([type(error).__name__, error.response.status_code])
+        print(json.dumps(seen))
+    """)
+    assert names == [["RepositoryNotFoundError", 401], ["RepositoryNotFoundError", 401], ["HfHubHTTPError", 401]]
+
+
+def test_a_card_that_the_hub_refuses_stops_the_push_before_any_file(hub, output_dir):
+    (output_dir / "README.md").write_text("---\nbase_model: '/no/hub/id'\n---\n", encoding="utf-8")
+    message, files = hub(f"""
+        try:
+            push_folder({str(output_dir)!r}, "me/me-imitator")
+        except ValueError as error:
+            message = str(error)
+        print(json.dumps([message, HfApi().list_repo_files("me/me-imitator")]))
+    """)
+    assert '"base_model"' in message
+    assert files == [".gitattributes"]
+
+
+@pytest.mark.parametrize("path", LEFT_BEHIND)
+def test_each_file_left_behind_is_named_by_a_pattern(path):
+    assert any(fnmatch(path, pattern) for pattern in IGNORED_FILES)
+
+
+def test_a_folder_that_is_none_is_said_before_anything_is_created(tmp_path):
+    with pytest.raises(FileNotFoundError, match="not a directory"):
+        push_folder(tmp_path / "missing", "me/me-imitator")

@@ -1,0 +1,189 @@
+"""Settings of [`AdversarialTrainer`]."""
+
+from dataclasses import dataclass, field
+
+import torch
+from trl import GRPOConfig
+
+from hf_imitate.losses import DISTINGUISHER_LOSSES, IMITATOR_REWARDS
+
+TRUNCATED_ANSWERS = ("score", "drop", "penalty")
+
+
+@dataclass
+class AdversarialConfig(GRPOConfig):
+    """Settings of [`AdversarialTrainer`]: those of [`~trl.GRPOConfig`] and the ones below.
+
+    > [!NOTE]
+    > Defaults that differ from `GRPOConfig`: `scale_rewards="none"` (dividing by a question's standard deviation keeps
+    > the step size constant where only noise is left), `loss_type="dr_grpo"` (the stated gradient needs a constant
+    > normaliser), `learning_rate=2e-5` (LoRA), `disable_dropout=True` (an answer is scored by the forward that trains),
+    > `hub_private_repo=True`; without an accelerator `bf16=False` and `gradient_checkpointing=False`
+    > (there both only cost time).
+
+    Parameters:
+        distinguisher_loss (`str`, *optional*, defaults to `"bradley_terry"`):
+            `"bradley_terry"` compares the two answers to a question, which cancels what all answers to it share;
+            `"bce"` labels each answer on its own.
+        imitator_reward (`str`, *optional*, defaults to `"logit"`):
+            `"logit"`, whose policy gradient is that of reverse KL; `"pair"`, sigmoid of the difference to the human's,
+            bounded, needs labelled questions; `"gail"`, -log(1 - D), an f-divergence only with `"bce"`. Each is centred
+            leave-one-out per question, then clipped at 5 nats (which keeps the fixed point, not the exact gradient).
+        retrodictive_coef (`float`, *optional*):
+            Weight of the summed negative log-likelihood of human answers, in nats and with the policy term's
+            normaliser: the ratio of forward to reverse KL. `None` means 1.0, or the multiplier if a budget is given
+            (giving both is an error). 0.1 and less let the imitator collapse in trials.
+        retrodictive_budget (`float`, *optional*):
+            Nats the mean human log-probability may fall below its value at the end of the warm-up. A Lagrange
+            multiplier on a moving average of training batches keeps it; it is reported on held-out rows.
+        imitator_warmup_steps (`int` or `str`, *optional*, defaults to `"auto"`):
+            Likelihood steps on the human answers before the game. `"auto"` stops when held-out nats stop improving, at
+            most 3 passes over the rows and 1 000 steps: a distinguisher teaches little to an imitator still far off.
+        imitator_warmup_learning_rate (`float`, *optional*, defaults to `2e-4`):
+            Learning rate of those steps: that of supervised fine-tuning with LoRA. A game's rate would not move it.
+        distinguisher_warmup_steps (`int` or `str`, *optional*, defaults to `"auto"`):
+            Classification steps before the game, the imitator standing still. `"auto"` stops when the loss on held-out
+            pairs stops improving, at most 200 steps. A weak distinguisher at the start destroys the imitator.
+        distinguisher_learning_rate (`float`, *optional*):
+            `None` means 3 times `learning_rate`: it has to follow a moving imitator.
+        distinguisher_steps (`int`, *optional*, defaults to `1`):
+            Updates per generation batch. 1 shares one forward between score and update.
+        distinguisher_generations (`int`, *optional*, defaults to `2`):
+            How many of a question's generations it trains on; all are scored. More cost more and teach little: human
+            answers, not generations, are what it lacks.
+        replay_ratio (`float`, *optional*, defaults to `0.5`):
+            Share of old answers in the distinguisher's batches, for it alone: more human rows per step, fewer cycles.
+        heldout_fraction (`float`, *optional*, defaults to `0.05`):
+            Share of the human answers neither it nor the likelihood term trains on. They tell learning from memory.
+        truncated_answers (`str`, *optional*, defaults to `"score"`):
+            Answers cut at `max_completion_length`: `"score"` shows them without an end marker, like a human answer cut
+            there; `"drop"` takes them out of their group; `"penalty"` gives them their group's lowest reward.
+        allow_unlabelled (`bool`, *optional*, defaults to `False`):
+            Whether rows with `completion=None` may ask questions nobody answered.
+    """
+
+    learning_rate: float = field(default=2e-5, metadata={"help": "Learning rate of the imitator in the game."})
+    scale_rewards: str = field(default="none", metadata={"help": "Reward scaling, as in GRPOConfig."})
+    loss_type: str = field(
+        default="dr_grpo", metadata={"help": "Only 'dr_grpo': the stated gradient needs a constant normaliser."}
+    )
+    disable_dropout: bool = field(default=True, metadata={"help": "Switch dropout off in the model."})
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Trade compute for memory. Default: on with an accelerator, off on CPU."}
+    )
+    hub_private_repo: bool | None = field(default=True, metadata={"help": "Whether pushes make private repos."})
+
+    distinguisher_loss: str = field(default="bradley_terry", metadata={"help": "'bradley_terry' or 'bce'."})
+    imitator_reward: str = field(default="logit", metadata={"help": "'logit', 'pair', or 'gail' (only with 'bce')."})
+    retrodictive_coef: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the human answers' summed negative log-likelihood. Default 1.0, or the budget's."
+        },
+    )
+    retrodictive_budget: float | None = field(
+        default=None,
+        metadata={"help": "Nats the mean human log-probability may fall below its value before the game."},
+    )
+    imitator_warmup_steps: str | int = field(
+        default="auto", metadata={"help": "Likelihood steps before the game, or 'auto'."}
+    )
+    imitator_warmup_learning_rate: float = field(default=2e-4, metadata={"help": "Learning rate of those steps."})
+    distinguisher_warmup_steps: str | int = field(
+        default="auto", metadata={"help": "Classification steps before the game, or 'auto'."}
+    )
+    distinguisher_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the distinguisher. Default: 3 x learning_rate."}
+    )
+    distinguisher_steps: int = field(default=1, metadata={"help": "Distinguisher updates per generation batch."})
+    distinguisher_generations: int = field(
+        default=2, metadata={"help": "How many of a question's generations the distinguisher trains on."}
+    )
+    replay_ratio: float = field(
+        default=0.5, metadata={"help": "Share of old answers in the distinguisher's batches, in [0, 1)."}
+    )
+    heldout_fraction: float = field(default=0.05, metadata={"help": "Share of human answers held out, in [0, 1)."})
+    truncated_answers: str = field(default="score", metadata={"help": "'score', 'drop' or 'penalty'."})
+    allow_unlabelled: bool = field(default=False, metadata={"help": "Allow rows with completion=None."})
+
+    def __post_init__(self):
+        on_cpu = self.use_cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+        if self.bf16 is None and on_cpu:
+            self.bf16 = False
+        if self.gradient_checkpointing is None:
+            self.gradient_checkpointing = not on_cpu
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model, self.greater_is_better = "eval_retrodiction/bits_per_answer", False
+        self.imitator_warmup_steps = _steps("imitator_warmup_steps", self.imitator_warmup_steps)
+        self.distinguisher_warmup_steps = _steps("distinguisher_warmup_steps", self.distinguisher_warmup_steps)
+        self._check_choices()
+        self._check_ranges()
+        super().__post_init__()
+        if self.distinguisher_generations > self.num_generations:
+            raise ValueError(
+                f"`distinguisher_generations` is {self.distinguisher_generations}, but a question has only "
+                f"`num_generations`={self.num_generations}. Lower the first or raise the second."
+            )
+        if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+            raise ValueError(
+                f"`lr_scheduler_type={str(self.lr_scheduler_type)!r}` depends on the loss, which means something else in "
+                "each phase. Use a schedule over steps, such as 'linear', 'cosine' or 'constant'."
+            )
+
+    def _check_choices(self) -> None:
+        choices = {
+            "distinguisher_loss": tuple(DISTINGUISHER_LOSSES),
+            "imitator_reward": tuple(IMITATOR_REWARDS),
+            "truncated_answers": TRUNCATED_ANSWERS,
+            "loss_type": ("dr_grpo",),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; need one of {list(allowed)}.")
+        if self.imitator_reward == "gail" and self.distinguisher_loss != "bce":
+            raise ValueError(
+                "`imitator_reward='gail'` needs `distinguisher_loss='bce'`: under 'bradley_terry' the logit is free up "
+                "to a constant per question, and -log(1 - D) depends on it. Set 'bce', or use the 'logit' reward."
+            )
+        if self.imitator_reward == "pair" and self.allow_unlabelled:
+            raise ValueError(
+                "`imitator_reward='pair'` compares with the human's answer, and `allow_unlabelled=True` admits questions "
+                "without one. Use the 'logit' reward, or labelled questions only."
+            )
+        if self.retrodictive_coef is not None and self.retrodictive_budget is not None:
+            raise ValueError(
+                f"Both `retrodictive_coef`={self.retrodictive_coef} and `retrodictive_budget`={self.retrodictive_budget} "
+                "are given; the budget sets the coefficient itself. Give one of them."
+            )
+
+    def _check_ranges(self) -> None:
+        at_least = {
+            "retrodictive_coef": 0.0,
+            "retrodictive_budget": 0.0,
+            "distinguisher_steps": 1,
+            "distinguisher_generations": 1,
+        }
+        for name, low in at_least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= low:
+                raise ValueError(f"`{name}` is {value}; need at least {low}.")
+        for name in ("learning_rate", "imitator_warmup_learning_rate", "distinguisher_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"`{name}` is {value}; need a positive number.")
+        for name in ("replay_ratio", "heldout_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; need a share in [0, 1).")
+
+
+def _steps(name: str, value: int | str) -> int | str:
+    """A number of steps, from a command line too, or "auto"."""
+    if value == "auto":
+        return value
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        number = -1
+    if number < 0 or (isinstance(value, float) and value != number):
+        raise ValueError(f"`{name}` is {value!r}; need 'auto' or a whole number of steps, 0 to skip.")
+    return number

@@ -1,0 +1,282 @@
+"""The distinguisher's side of an adversarial run: score a generation batch, learn from it, say what the imitator earns."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather
+from torch import Tensor
+
+from hf_imitate.checks import Check, check_name
+from hf_imitate.contest import Round, Scores, judge, run_checks
+from hf_imitate.distinguisher import mean_loss_and_accuracy
+from hf_imitate.guards import Guard
+from hf_imitate.human_rows import ROW_COLUMN, HumanRows, render_humans
+from hf_imitate.losses import imitator_reward, paired_wins, penalize_truncated
+from hf_imitate.pairs import Learner, Pair
+from hf_imitate.rendering import Renderer
+from hf_imitate.replay import ReplayBuffer
+from hf_imitate.surface import audit_surface
+from hf_imitate.trainers.adversarial_config import AdversarialConfig
+from hf_imitate.trainers.phases import DISTINGUISHER_WARMUP, GAME
+
+logger = logging.getLogger(__name__)
+
+NUM_HELDOUT_PAIRS = 256
+NUM_SURFACE_PAIRS = 200
+LEAK_AUC = 0.9
+NO_SIGNAL = 0.55
+
+
+class Reading(NamedTuple):
+    """Loss (nats per comparison) and paired accuracy on held-out pairs; NaN if there are none."""
+
+    loss: float
+    accuracy: float
+
+
+class Game:
+    """Pays the imitator, and trains the distinguisher after the pay is fixed.
+
+    Args:
+        args ([`AdversarialConfig`]): settings.
+        learner ([`Learner`]): the distinguisher and its optimizer.
+        checks (`Sequence[Callable]`): what the distinguisher can verify.
+        renderer ([`Renderer`]): reads the imitator's answers.
+        human_rows ([`HumanRows`]): the humans' answers, some held out.
+        accelerator ([`~accelerate.Accelerator`]): knows the processes.
+        record (`Callable`): takes a metric's name, sum and count.
+    """
+
+    def __init__(
+        self,
+        args: AdversarialConfig,
+        learner: Learner,
+        checks: Sequence[Check],
+        renderer: Renderer,
+        human_rows: HumanRows,
+        accelerator: Accelerator,
+        record: Callable[[str, float, float], None],
+    ):
+        self.args, self.learner, self.checks, self.renderer = args, learner, checks, renderer
+        self.human_rows, self.accelerator, self.record = human_rows, accelerator, record
+        self.guard = Guard()
+        self.replay = ReplayBuffer(seed=args.seed + accelerator.process_index)
+        self.heldout_pairs: list[Pair] = []
+        self.surface_pairs: list[Pair] = []
+        self.pause: str | None = None
+
+    def pay(
+        self,
+        rewards: Tensor,
+        rows: list[dict[str, Any]],
+        prompts: list,
+        completions: list,
+        completion_ids: list[list[int]],
+        *,
+        num_generations: int,
+        phase: str | None,
+        step: int,
+        lr_scale: float,
+    ) -> Tensor:
+        """Fill in the distinguisher's column of the rewards, and let the distinguisher learn.
+
+        Args:
+            rewards: gathered rewards of the user's functions; column 0 is the distinguisher's. [N, F] over all
+                processes, a question's generations in a row.
+            rows, prompts, completions, completion_ids: this process's share.
+            phase: "distinguisher_warmup" or "game"; `None` only scores.
+            step: number of the generation batch's first micro-step; draws depend on it alone.
+            lr_scale: share of the distinguisher's learning rate.
+
+        Returns:
+            Rewards, [N, F]; NaN rows have left their group.
+        """
+        batch = self._round(rows, prompts, completions, completion_ids, is_train=phase is not None)
+        scores = judge(
+            self.learner, batch, max_rows=self.learner.max_rows, **self._lesson(batch, phase, step, lr_scale)
+        )
+        cut = torch.tensor([not answer.ended for answer in batch.answers], device=rewards.device)
+        s_imitator, s_human, cut = (
+            gather(values).view(-1, num_generations) for values in (scores.imitator, scores.human, cut)
+        )
+        kind = self.args.truncated_answers
+        paid = imitator_reward(self.args.imitator_reward, s_imitator, s_human[:, 0], cut, kind)
+        if kind == "penalty":
+            rewards = torch.stack([penalize_truncated(r.view_as(cut), cut).flatten() for r in rewards.T], dim=1)
+        rewards[:, 0] = paid.flatten().to(rewards.dtype)
+        if kind == "drop":
+            # All-NaN is TRL's mark of an answer outside its group: no baseline counts it, and its advantage is 0.
+            rewards[cut.flatten()] = torch.nan
+        self._record(batch, scores, s_imitator, s_human, completion_ids)
+        if phase is not None:
+            self._remember(batch, phase)
+        self._watch(phase, s_imitator, s_human, cut, paid, batch)
+        return rewards
+
+    def _round(self, rows, prompts, completions, completion_ids, is_train: bool) -> Round:
+        known = [i for i, row in enumerate(rows) if row["completion"] is not None]
+        if is_train:
+            humans = [self.human_rows.rows.get(row[ROW_COLUMN]) for row in rows]
+            questions = [row[ROW_COLUMN] for row in rows]
+            heldout = [question in self.human_rows.is_heldout for question in questions]
+        else:
+            weights = [rows[i].get("weight") for i in known]
+            answered = render_humans(
+                self.renderer, [prompts[i] for i in known], [rows[i]["completion"] for i in known], weights
+            )
+            by_row = dict(zip(known, answered, strict=True))
+            humans = [by_row.get(i) for i in range(len(rows))]
+            starts = [i == 0 or rows[i] != rows[i - 1] for i in range(len(rows))]
+            questions, heldout = list(accumulate(starts)), [False] * len(rows)
+        outcomes, human_outcomes = run_checks(self.checks, rows, prompts, completions, completion_ids)
+        answers = [self.renderer.read(ids) for ids in completion_ids]
+        return Round(questions, heldout, prompts, answers, humans, outcomes, human_outcomes)
+
+    def _lesson(self, batch: Round, phase: str | None, step: int, lr_scale: float) -> dict[str, Any]:
+        """Which rows the distinguisher learns from, and which old pairs beside them."""
+        if phase is None:
+            return {}
+        first = self.accelerator.process_index * len(batch.questions)
+        # Before the game each row asks its own question; in it, a question's first generations are as good as any.
+        most = self.args.num_generations if phase == DISTINGUISHER_WARMUP else self.args.distinguisher_generations
+        learn_from = [
+            i
+            for i, human in enumerate(batch.humans)
+            if human and not batch.heldout[i] and (first + i) % self.args.num_generations < most
+        ]
+        ratio = self.args.replay_ratio
+        num_old = round(len(learn_from) * ratio / (1 - ratio))
+        steps = range(self.args.distinguisher_steps)
+        replayed = [self._old_pairs(num_old, step * self.args.distinguisher_steps + k) for k in steps]
+        return {"learn_from": learn_from, "replayed": replayed, "lr_scale": lr_scale}
+
+    def _old_pairs(self, size: int, number: int) -> list[Pair]:
+        pairs = []
+        for row, prompt, answer, human_checks, checks in self.replay.draw(size, number):
+            human = self.human_rows.rows[row]
+            outcomes = (checks,) if checks else ()
+            pairs.append(Pair(prompt, human.answer, (answer,), human.weight, human_checks, outcomes))
+        return pairs
+
+    def _remember(self, batch: Round, phase: str) -> None:
+        for i, human in enumerate(batch.humans):
+            if human is None:
+                continue
+            pair = batch.pair(i)
+            if batch.heldout[i]:
+                if phase == DISTINGUISHER_WARMUP and len(self.heldout_pairs) < NUM_HELDOUT_PAIRS:
+                    self.heldout_pairs.append(pair)
+                continue
+            if len(self.surface_pairs) < NUM_SURFACE_PAIRS and batch.questions[i] not in batch.questions[:i]:
+                self.surface_pairs.append(pair)
+            checks = pair.imitator_checks[0] if pair.imitator_checks else ()
+            self.replay.add(batch.questions[i], pair.prompt, pair.imitator[0], pair.human_checks, checks)
+        if len(self.surface_pairs) == NUM_SURFACE_PAIRS:
+            self._audit_surface()
+
+    def _audit_surface(self) -> None:
+        """Look once, on format alone, for what would give the game away."""
+        leak = audit_surface(
+            [pair.human for pair in self.surface_pairs], [pair.imitator[0] for pair in self.surface_pairs]
+        )
+        self.surface_pairs.append(self.surface_pairs[0])  # one past the mark: the audit is done
+        self.record("surface/auc", leak.auc, 1)
+        if leak.auc > LEAK_AUC:
+            logger.warning(
+                "Format alone tells human from imitator (AUC %.2f on %d pairs); the clearest sign is '%s'. The "
+                "distinguisher will find it before anything else. Clean that difference out of the data, or warm the "
+                "imitator up for longer.",
+                leak.auc,
+                leak.num_pairs,
+                leak.leaking_feature,
+            )
+
+    def draw_questions(self, step: int, size: int) -> list[int]:
+        """Row numbers for a batch of the distinguisher's warm-up on this process, an eighth of them held out."""
+        number = step * self.accelerator.num_processes + self.accelerator.process_index
+        num_heldout = size // 8 if len(self.human_rows.heldout) else 0
+        heldout = self.human_rows.draw(number, num_heldout, stream=1, heldout=True) if num_heldout else []
+        return self.human_rows.draw(number, size - num_heldout, stream=1) + heldout
+
+    def reading(self) -> Reading:
+        """How well the distinguisher does on the held-out pairs met while the imitator stood still."""
+        logits = self.learner.score(self.heldout_pairs)
+        loss, accuracy = mean_loss_and_accuracy(logits, self.learner.loss)
+        sums = torch.tensor([[loss, accuracy, 1.0] if logits else [0.0] * 3], device=self.accelerator.device)
+        loss, accuracy, count = gather(sums).sum(dim=0).tolist()
+        return Reading(loss / count, accuracy / count) if count else Reading(float("nan"), float("nan"))
+
+    def say_whether_there_is_a_signal(self) -> None:
+        """After the warm-up: a distinguisher that cannot tell held-out pairs apart has nothing to teach."""
+        accuracy = self.reading().accuracy
+        if accuracy < NO_SIGNAL and self.accelerator.is_main_process:
+            logger.warning(
+                "After its warm-up the distinguisher is right in only %.0f %% of held-out pairs: its reward carries "
+                "hardly any signal. That is not proof of a human-like imitator. Let it know more than the imitator: a "
+                "larger `distinguisher`, `checks`, or more `distinguisher_warmup_steps`.",
+                100 * accuracy,
+            )
+
+    def state(self) -> dict[str, Any]:
+        """JSON-ready state."""
+        lists = {"heldout_pairs": self.heldout_pairs, "surface_pairs": self.surface_pairs}
+        pairs = {name: [asdict(pair) for pair in pairs] for name, pairs in lists.items()}
+        return {"guard": self.guard.state(), "pause": self.pause, "replay": self.replay.state(), **pairs}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take up what `state` wrote."""
+        self.guard, self.pause = Guard(**state["guard"]), state["pause"]
+        self.replay.load_state(state["replay"])
+        self.heldout_pairs, self.surface_pairs = (
+            [Pair.from_json(pair) for pair in state[name]] for name in ("heldout_pairs", "surface_pairs")
+        )
+
+    def _watch(self, phase, s_imitator, s_human, cut, paid, batch: Round) -> None:
+        if phase != GAME:
+            self.pause = None
+            return
+        known = ~torch.isnan(s_human)
+        accuracy = paired_wins(s_human[known], s_imitator[known]).mean().item() if known.any() else None
+        spread = paid.nan_to_num().std(dim=1).mean().item()
+        share_cut = gather(torch.tensor([self._human_cut(batch)], device=cut.device)).mean().item()
+        self.pause = self.guard.update(accuracy, spread, cut.float().mean().item(), share_cut)
+        if self.pause and self.guard.is_news(self.pause) and self.accelerator.is_main_process:
+            logger.warning(self.pause)
+
+    def _human_cut(self, batch: Round) -> float:
+        cut = [not human.answer.ended for human in batch.humans if human]
+        return sum(cut) / len(cut) if cut else self.human_rows.num_truncated / len(self.human_rows.rows)
+
+    def _record(self, batch: Round, scores: Scores, s_imitator, s_human, completion_ids) -> None:
+        """Metrics over all processes, from scores taken before the update."""
+        device = s_imitator.device
+        heldout = gather(torch.tensor(batch.heldout, device=device)).view_as(s_imitator)
+        known = ~torch.isnan(s_human)
+        wins = paired_wins(s_human, s_imitator)
+        for name, rows in (("accuracy_fresh", known & ~heldout), ("accuracy_heldout", known & heldout)):
+            self.record(f"distinguisher/{name}", wins[rows].sum().item(), rows.sum().item())
+        self.record("distinguisher/margin", (s_human - s_imitator)[known].sum().item(), known.sum().item())
+        loss = gather(torch.tensor([scores.loss], device=device))
+        self.record("distinguisher/loss", loss.nansum().item(), (~loss.isnan()).sum().item())
+        human_lengths = [len(human.rendered.answer_ids) if human else 0 for human in batch.humans]
+        lengths = [len(ids) if human else 0 for ids, human in zip(completion_ids, batch.humans, strict=True)]
+        cut = sum(not answer.ended for answer in batch.answers)
+        sums = [sum(lengths), sum(human_lengths), cut, len(batch.answers)]
+        lengths, human_lengths, cut, count = gather(torch.tensor([sums], device=device)).sum(dim=0).tolist()
+        self.record("answers/length_ratio", lengths, human_lengths)
+        self.record("answers/truncated", cut, count)
+        for side, outcomes in (("human", batch.human_outcomes), ("imitator", batch.outcomes)):
+            applies = ~outcomes.isnan()
+            passed = gather(((outcomes >= 0.5) & applies).sum(dim=0)[None].to(device)).sum(dim=0).tolist()
+            judged = gather(applies.sum(dim=0)[None].to(device)).sum(dim=0).tolist()
+            for check, hits, count in zip(self.checks, passed, judged, strict=True):
+                self.record(f"checks/{check_name(check)}/{side}", hits, count)
+        for name, weight in zip(
+            self.learner.distinguisher.check_names, self.learner.distinguisher.check_weights.tolist(), strict=True
+        ):
+            self.record(f"checks/{name}/weight", weight, 1)

@@ -1,0 +1,112 @@
+"""The likelihood side of an adversarial run: which human answers come when, what they cost, what budget they keep."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather
+from torch import Tensor, nn
+
+from hf_imitate.human_rows import HumanRow, HumanRows
+from hf_imitate.log_probs import answer_log_probs, nats_to_bits
+from hf_imitate.losses import retrodictive_loss, updated_multiplier
+from hf_imitate.rendering import collate
+
+BUDGET_ROWS = 512
+BUDGET_DECAY = 0.95
+
+
+class HumanLikelihood:
+    """Scores the imitator by the log-probability it gives to human answers, each summed over its tokens.
+
+    Args:
+        human_rows ([`HumanRows`]): the answers.
+        pad_token_id (`int`): pads, never scored.
+        batch_size (`int`): rows in one forward.
+        coefficient (`float`, *optional*), budget (`float`, *optional*): as in [`AdversarialConfig`].
+        accelerator ([`~accelerate.Accelerator`]): knows the processes.
+        record (`Callable`): takes a metric's name, sum and count.
+    """
+
+    def __init__(
+        self,
+        human_rows: HumanRows,
+        pad_token_id: int,
+        batch_size: int,
+        coefficient: float | None,
+        budget: float | None,
+        accelerator: Accelerator,
+        record: Callable[[str, float, float], None],
+    ):
+        self.rows, self.pad_token_id, self.batch_size, self.budget = human_rows, pad_token_id, batch_size, budget
+        self.accelerator, self.record = accelerator, record
+        self.multiplier = 1.0 if coefficient is None else coefficient
+        self.nats_at_start: float | None = None
+        self.nats_now: float | None = None
+
+    def draw(self, step: int) -> list[HumanRow]:
+        """The training rows of micro-step `step` on this process."""
+        number = step * self.accelerator.num_processes + self.accelerator.process_index
+        return self.rows.batch(self.rows.draw(number, self.batch_size))
+
+    def loss(self, model: nn.Module, rows: Sequence[HumanRow]) -> Tensor:
+        """Weighted mean nats per human answer. Scalar, with gradient; recorded as bits per answer and per byte."""
+        if not rows:
+            return torch.zeros((), device=self.accelerator.device)
+        log_prob, weight = self._log_prob(model, rows)
+        num_bytes = weight * weight.new_tensor([row.num_bytes for row in rows])
+        sums = torch.stack([-(weight * log_prob.detach()).sum(), weight.sum(), num_bytes.sum()])
+        nats, count, num_bytes = gather(sums[None]).sum(dim=0).tolist()
+        self.record("retrodiction/bits_per_answer", nats_to_bits(nats), count)
+        self.record("retrodiction/bits_per_byte", nats_to_bits(nats), num_bytes)
+        return retrodictive_loss(log_prob, weight)
+
+    @torch.no_grad()
+    def mean_nats(self, model: nn.Module, ids: Sequence[int]) -> float:
+        """Mean nats per human answer over the rows `ids`, each process reading its share."""
+        mine = self.rows.batch(ids[self.accelerator.process_index :: self.accelerator.num_processes])
+        sums = torch.zeros(2, device=self.accelerator.device)
+        for start in range(0, len(mine), self.batch_size):
+            with self.accelerator.autocast():
+                log_prob, weight = self._log_prob(model, mine[start : start + self.batch_size])
+            sums += torch.stack([-(weight * log_prob).sum(), weight.sum()])
+        nats, count = gather(sums[None]).sum(dim=0).tolist()
+        return nats / count
+
+    def heldout_nats(self, model: nn.Module, most: int = 256) -> float:
+        """Mean nats over (at most `most`) held-out rows, recorded as bits."""
+        nats = self.mean_nats(model, self.rows.heldout[:most].tolist())
+        self.record("retrodiction/bits_per_answer_heldout", nats_to_bits(nats), 1)
+        return nats
+
+    def open_budget(self, model: nn.Module) -> None:
+        """Fix what the budget is counted from: the mean nats before the game's first step."""
+        if self.budget is not None and self.nats_at_start is None:
+            ids = self.rows.draw(0, min(BUDGET_ROWS, len(self.rows.train)), stream=4)
+            self.nats_at_start = self.nats_now = self.mean_nats(model, ids)
+
+    def keep_budget(self, nats: float) -> None:
+        """Move the multiplier after a batch of the game cost `nats` per answer."""
+        if self.budget is None:
+            return
+        nats = gather(torch.tensor([nats], device=self.accelerator.device)).mean().item()
+        self.nats_now = BUDGET_DECAY * self.nats_now + (1 - BUDGET_DECAY) * nats
+        self.multiplier = updated_multiplier(self.multiplier, self.nats_now - self.nats_at_start - self.budget)
+        self.record("retrodiction/multiplier", self.multiplier, 1)
+
+    def _log_prob(self, model: nn.Module, rows: Sequence[HumanRow]) -> tuple[Tensor, Tensor]:
+        batch = collate([row.rendered for row in rows], self.pad_token_id, self.accelerator.device)
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        log_prob = answer_log_probs(logits, batch.input_ids, batch.answer_mask)
+        return log_prob, torch.tensor([row.weight for row in rows], device=log_prob.device)
+
+    def state(self) -> dict[str, Any]:
+        """JSON-ready state."""
+        return {"multiplier": self.multiplier, "nats_at_start": self.nats_at_start, "nats_now": self.nats_now}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take up what `state` wrote."""
+        self.multiplier, self.nats_at_start, self.nats_now = (
+            state[key] for key in ("multiplier", "nats_at_start", "nats_now")
+        )

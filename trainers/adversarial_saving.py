@@ -1,0 +1,260 @@
+"""What an adversarial run leaves behind: the imitator's repo, its card, its push, and the state a resumed run needs."""
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig
+from transformers.training_args import HubStrategy
+
+from hf_imitate.hub_cards.facts import CardFacts, CardMetric, Paper
+from hf_imitate.hub_cards.model_card import render_card
+from hf_imitate.hub_cards.push import IGNORED_FILES, push_folder
+from hf_imitate.trainers.adversarial_config import AdversarialConfig
+from hf_imitate.trainers.phases import Phases
+
+logger = logging.getLogger(__name__)
+
+STATE = "adversarial_state"
+LIBRARIES = ("hf-imitate", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
+OWN_SETTINGS = tuple(
+    field.name
+    for field in dataclasses.fields(AdversarialConfig)
+    if field.name in AdversarialConfig.__annotations__ and field.name != "hub_private_repo"
+) + ("num_generations", "max_completion_length", "temperature", "max_steps", "num_train_epochs", "beta", "seed")
+
+
+class AdversarialSaving:
+    """The half of [`AdversarialTrainer`] that writes and reads files; see there for the algorithm."""
+
+    # --- the imitator's repo
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the imitator as it is published: its weights, its law, its distinguisher and how it was made."""
+        folder = Path(output_dir or self.args.output_dir)
+        super().save_model(str(folder), _internal_call=True)
+        if self.args.should_save:
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and full of local paths
+            own_tokenizer = self.distinguisher.tokenizer is not self._tokenizer
+            self.distinguisher.save_pretrained(folder / "distinguisher", with_tokenizer=own_tokenizer)
+            self.trained_law().save_pretrained(str(folder))
+            text = json.dumps(self.imitation_facts(), indent=2, ensure_ascii=False)
+            (folder / "imitation.json").write_text(text + "\n", encoding="utf-8")
+            if not _internal_call:
+                self.create_model_card()
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save")
+
+    def trained_law(self) -> GenerationConfig:
+        """The generation settings whose law was trained: temperature 1, nothing cut but the length."""
+        return GenerationConfig(
+            do_sample=True,
+            temperature=self.args.temperature,
+            top_p=self.args.top_p,
+            top_k=self.args.top_k,
+            max_new_tokens=self.max_completion_length,
+            eos_token_id=self.eos_token_ids,
+            pad_token_id=self._tokenizer.pad_token_id,
+            bos_token_id=self._tokenizer.bos_token_id,
+        )
+
+    def imitation_facts(self) -> dict[str, Any]:
+        """How to rebuild the imitator, without a row of the data."""
+        config = self.model.config
+        rows = self.likelihood.rows
+        return {
+            "version": 1,
+            "objective": "adversarial",
+            "base_model": config._name_or_path,
+            "base_revision": getattr(config, "_commit_hash", None),
+            "dataset": {
+                "num_rows": len(self.train_dataset),
+                "num_labelled": len(rows.rows),
+                "num_heldout": len(rows.heldout),
+                "num_truncated": rows.num_truncated,
+                "fingerprint": self.train_dataset._fingerprint,
+            },
+            "settings": {name: getattr(self.args, name) for name in OWN_SETTINGS},
+            "phases": self.phases.state(),
+            "checks": list(self.distinguisher.check_names),
+            "max_answer_tokens": self.max_completion_length,
+            "chat_template_kwargs": self.chat_template_kwargs,
+            "versions": {library: version(library) for library in LIBRARIES},
+        }
+
+    def card_facts(self, model_name: str | None = None, dataset_name: str | None = None) -> CardFacts:
+        """What this run can truthfully say about itself."""
+        facts = self.imitation_facts()
+        last = {key: value for entry in self.state.log_history for key, value in entry.items()}
+        units = {
+            "eval_retrodiction/bits_per_answer": "bits",
+            "eval_retrodiction/bits_per_byte": "bits",
+            "eval_distinguisher/accuracy_fresh": "probability",
+            "distinguisher/accuracy_heldout": "probability",
+            "eval_answers/length_ratio": "ratio",
+        }
+        return CardFacts(
+            model_name=model_name or Path(self.args.output_dir).name,
+            objective=self._name,
+            repo_id=self.hub_model_id if self.args.push_to_hub else None,
+            base_model=facts["base_model"] or None,
+            base_revision=facts["base_revision"],
+            papers=(Paper(**self._paper),),
+            dataset_name=dataset_name,
+            num_rows=facts["dataset"]["num_rows"],
+            num_labelled=facts["dataset"]["num_labelled"],
+            is_conversational=not isinstance(self.train_dataset[0]["prompt"], str),
+            settings=facts["settings"],
+            metrics={name: CardMetric(last[name], unit) for name, unit in units.items() if name in last},
+            versions=facts["versions"],
+            is_adapter=isinstance(self.model, PeftModel),
+            has_distinguisher=True,
+            check_names=self.distinguisher.check_names,
+            limits=(
+                "The distinguisher of training is not an audit: what it cannot see, nobody has looked for.",
+                "Numbers measured while training come from the distinguisher the imitator was trained against.",
+            ),
+            generation=self.trained_law().to_diff_dict(),
+        )
+
+    def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None) -> None:
+        """Write README.md: the card of what this run measured."""
+        if not self.is_world_process_zero():
+            return
+        facts = self.card_facts(model_name, dataset_name)
+        tags = [tags] if isinstance(tags, str) else list(tags or [])
+        facts = dataclasses.replace(facts, tags=tuple(dict.fromkeys([*self._tag_names, *tags])))
+        render_card(facts).save(os.path.join(self.args.output_dir, "README.md"))
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ):
+        """Push the imitator in one commit, private unless asked otherwise; what only training needs stays here."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token or self.args.hub_token
+        private = self.args.hub_private_repo if private is None else private
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        kwargs.setdefault("model_name", (self.hub_model_id or self.args.output_dir).split("/")[-1])
+        self.create_model_card(**kwargs)
+        self._finish_current_push()
+        return push_folder(
+            self.args.output_dir,
+            self.hub_model_id,
+            private=private is not False,
+            token=token,
+            revision=revision or self.args.hub_revision,
+            commit_message=commit_message,
+            run_as_future=not blocking,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        # A checkpoint holds the whole repo already; TRL's own would copy the imitator's files alone, and push the rest
+        # of the output folder stale.
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        if not self.args.hub_always_push and self.push_in_progress is not None and not self.push_in_progress.is_done():
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.create_model_card()
+        shutil.copy(Path(self.args.output_dir) / "README.md", checkpoint_folder)
+        self.push_in_progress = HfApi(token=self.args.hub_token).upload_folder(
+            repo_id=self.hub_model_id,
+            folder_path=checkpoint_folder,
+            commit_message=f"Training in progress, step {self.state.global_step}",
+            run_as_future=True,
+            ignore_patterns=[*IGNORED_FILES, f"{STATE}*"],
+            revision=self.args.hub_revision,
+        )
+
+    # --- the state of a run
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        tensors = {f"parameter.{i}": p for i, p in enumerate(self.game.learner.parameters)}
+        optimizer = self.game.learner.optimizer.state_dict()
+        for index, moments in optimizer["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in moments.items()}
+        for i, part in enumerate(self._buffered_inputs or []):
+            tensors |= {f"buffer.{i}.{name}": value for name, value in part.items() if isinstance(value, torch.Tensor)}
+        stored = {
+            "version": 1,
+            "step": self._step,
+            "num_buffered": len(self._buffered_inputs or []),
+            "phases": self.phases.state(),
+            "entered_phase": self._entered_phase,
+            "last_reading": self._last_reading,
+            "plateau": dataclasses.asdict(self._plateau),
+            "likelihood": self.likelihood.state(),
+            "game": self.game.state(),
+        }
+        path = self._state_path(output_dir)
+        cpu = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        save_file(cpu, path.with_suffix(".safetensors"))
+        path.with_suffix(".json").write_text(json.dumps(stored), encoding="utf-8")
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        path = self._state_path(checkpoint)
+        missing = [name for name in (".json", ".safetensors") if not path.with_suffix(name).exists()]
+        if missing:
+            raise FileNotFoundError(
+                f"{checkpoint} holds no {STATE}{missing[0]} for this process, so distinguisher, phases and replay cannot "
+                "be restored. Resume from a checkpoint of AdversarialTrainer made with as many processes."
+            )
+        stored = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        tensors = load_file(path.with_suffix(".safetensors"), device=str(self.accelerator.device))
+        learner = self.game.learner
+        with torch.no_grad():
+            for i, parameter in enumerate(learner.parameters):
+                parameter.copy_(tensors[f"parameter.{i}"])
+        optimizer = learner.optimizer.state_dict()
+        optimizer["state"] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                _, index, moment = name.split(".")
+                optimizer["state"].setdefault(int(index), {})[moment] = tensor
+        learner.optimizer.load_state_dict(optimizer)
+        self._step = stored["step"]
+        self._buffered_inputs = [_buffered(tensors, i) for i in range(stored["num_buffered"])] or None
+        self.phases = Phases(**stored["phases"])
+        self._entered_phase, self._last_reading = stored["entered_phase"], stored["last_reading"]
+        self._plateau = dataclasses.replace(self._plateau, **stored["plateau"])
+        self.likelihood.load_state(stored["likelihood"])
+        self.game.load_state(stored["game"])
+        self.state.max_steps = self.phases.total
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # transformers takes every sub-folder with an adapter for one of the model's own.
+        if isinstance(self.model, PeftModel) and self.distinguisher.adapter_name is None:
+            if "distinguisher" in self.model.peft_config:
+                self.model.delete_adapter("distinguisher")
+
+    def _state_path(self, folder: str) -> Path:
+        return Path(folder) / f"{STATE}_{self.accelerator.process_index}"
+
+
+def _buffered(tensors: dict[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]:
+    prefix = f"buffer.{index}."
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,338 @@
+"""Adversarial imitation: an imitator is paid for answers that a distinguisher takes for the human's."""
+
+import textwrap
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast, reduce
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from trl import GRPOTrainer
+
+from hf_imitate.checks import Check, check_names
+from hf_imitate.distinguisher import Distinguisher
+from hf_imitate.human_rows import HumanRows, render_humans, without_internal
+from hf_imitate.pairs import Learner
+from hf_imitate.plateau import Plateau
+from hf_imitate.rendering import Renderer
+from hf_imitate.rows import check_columns
+from hf_imitate.trainers.adversarial_config import AdversarialConfig
+from hf_imitate.trainers.adversarial_game import Game
+from hf_imitate.trainers.adversarial_likelihood import HumanLikelihood
+from hf_imitate.trainers.adversarial_saving import AdversarialSaving
+from hf_imitate.trainers.adversarial_setup import (
+    PhaseCallback,
+    build_distinguisher,
+    check_lengths,
+    preserved_random_state,
+    set_learning_rate,
+    show_total,
+    with_row_numbers,
+)
+from hf_imitate.trainers.phases import DISTINGUISHER_WARMUP, GAME, IMITATOR_WARMUP, Phases, warmup_caps
+from hf_imitate.trainers.tally import Tally
+
+READING_EVERY = 10  # steps between two readings of a warm-up on held-out rows
+
+
+def distinguisher_reward(completions, **kwargs) -> list[float]:
+    """Holds the distinguisher's column in TRL's tables; `_calculate_rewards` fills it."""
+    return [0.0] * len(completions)
+
+
+distinguisher_reward.__name__ = "distinguisher"
+
+
+class AdversarialTrainer(AdversarialSaving, GRPOTrainer):
+    """Train a causal LM to answer as the human would, by a game against a distinguisher.
+
+    Three phases in one loop, each of ordinary steps that are logged, checkpointed and resumed:
+
+    1. *Imitator warm-up*: likelihood of the human answers.
+    2. *Distinguisher warm-up*: the imitator stands still, the distinguisher learns to tell the two apart.
+    3. *The game*: the imitator answers each question G times; the distinguisher scores all answers, then is updated on
+       some of them and on old ones; the imitator takes a gradient step up
+
+           mean_i (s_i - mean of the others' s) log p(answer_i | x)  +  retrodictive_coef * log p(human answer | x)
+
+       with both log p summed over tokens and under one constant normaliser. At the distinguisher's optimum
+       s = log p_human - log p_imitator + c(x), and c(x) cancels within a question: so the first term descends
+       KL(imitator || human) and the second KL(human || imitator). The score is taken before the update, from a
+       distinguisher fitted to a slightly older imitator: the same fixed point, delayed. PPO's clipping, at work only
+       when a generation batch serves several steps, and the clip of centred scores at 5 nats depart from that gradient.
+
+    Both sides reach the distinguisher through one renderer, token for token, ended exactly when they ended.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The imitator to train: any causal LM.
+        args ([`AdversarialConfig`], *optional*): settings.
+        train_dataset ([`~datasets.Dataset`]):
+            Rows with `prompt` and `completion`, what a human answered; `weight` (float) optional. All other columns
+            travel to checks and rewards. `completion=None` with `allow_unlabelled=True`.
+        eval_dataset ([`~datasets.Dataset`] or `dict`, *optional*): rows of the same form.
+        checks (`list[Callable]`, *optional*):
+            What the distinguisher can verify: TRL's reward signature, outcomes in [0, 1]; each enters its logit with a
+            learned weight.
+        reward_funcs (`Callable` or `list`, *optional*):
+            Further rewards, TRL's, weighted by `reward_weights`, added to the distinguisher's.
+        distinguisher (`str`, [`~transformers.PreTrainedModel`] or [`Distinguisher`], *optional*):
+            Who judges. By default a second adapter and a head on the imitator's own frozen base, or with full
+            fine-tuning an adapter on a frozen copy of the starting base. It pays to let it know more than the imitator.
+        distinguisher_peft_config ([`~peft.PeftConfig`], *optional*): its adapter; by default like the imitator's.
+        processing_class, callbacks, optimizers, quantization_config, peft_config: as in [`~trl.GRPOTrainer`].
+
+    Example:
+
+    ```python
+    from hf_imitate import AdversarialConfig, AdversarialTrainer, load_docstrings, split_by_question
+    from peft import LoraConfig
+
+    dataset = split_by_question(load_docstrings(), test_size=0.1)
+    trainer = AdversarialTrainer(
+        model="Qwen/Qwen3-0.6B",
+        args=AdversarialConfig(output_dir="me-imitator"),
+        train_dataset=dataset["train"],
+        peft_config=LoraConfig(r=16, target_modules="all-linear"),
+    )
+    trainer.train()
+    ```
+    """
+
+    _tag_names = ["hf-imitate", "trl", "imitation-learning", "adversarial-imitation"]
+    _name = "Adversarial imitation"
+    _paper = {
+        "title": "Generative Adversarial Imitation Learning",
+        "id": "1606.03476",
+        "citation": textwrap.dedent("""\
+            @inproceedings{ho2016gail,
+                title     = {{Generative Adversarial Imitation Learning}},
+                author    = {Jonathan Ho and Stefano Ermon},
+                booktitle = {Advances in Neural Information Processing Systems},
+                year      = 2016,
+                eprint    = {arXiv:1606.03476},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: AdversarialConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        checks: Sequence[Check] | None = None,
+        reward_funcs: Callable | list[Callable] | None = None,
+        distinguisher: str | PreTrainedModel | Distinguisher | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, LambdaLR | None] = (None, None),
+        quantization_config: Any = None,
+        peft_config: PeftConfig | None = None,
+        distinguisher_peft_config: PeftConfig | None = None,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = AdversarialConfig(f"{name.split('/')[-1] or 'model'}-imitator")
+        self.checks = list(checks or [])
+        check_names(self.checks)
+        check_columns(train_dataset, allow_unlabelled=args.allow_unlabelled)
+        for key, dataset in (eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}).items():
+            if dataset is not None:
+                check_columns(dataset, allow_unlabelled=True, name=f"eval_dataset {key}".strip())
+        reward_funcs = [] if reward_funcs is None else reward_funcs
+        reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        if args.reward_weights is not None and len(args.reward_weights) == len(reward_funcs):
+            args.reward_weights = [1.0, *args.reward_weights]
+
+        super().__init__(
+            model=model,
+            reward_funcs=[distinguisher_reward, *reward_funcs],
+            args=args,
+            train_dataset=with_row_numbers(train_dataset),
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        self.renderer = Renderer(
+            self._tokenizer, self.eos_token_ids, args.max_completion_length, args.chat_template_kwargs
+        )
+        human_rows = HumanRows(self.train_dataset, self.renderer, args.heldout_fraction, args.seed)
+        check_lengths(human_rows, self.model, args)
+        self.distinguisher = build_distinguisher(
+            distinguisher, self.model, self._tokenizer, args, self.checks, peft_config, distinguisher_peft_config
+        )
+        self.distinguisher.place(self.accelerator.device, self.accelerator.autocast, args.gradient_checkpointing)
+        for parameter in self.distinguisher.trainable_parameters():
+            # TRL seeds every process differently, so what was made here differs until it is sent round.
+            broadcast(parameter.data)
+        learner = Learner(
+            self.distinguisher,
+            args.distinguisher_learning_rate or 3 * args.learning_rate,
+            loss=args.distinguisher_loss,
+            max_rows=args.per_device_train_batch_size,
+            reduce=partial(reduce, reduction="sum") if self.accelerator.num_processes > 1 else None,
+        )
+        self.game = Game(args, learner, self.checks, self.renderer, human_rows, self.accelerator, self._record)
+        self.likelihood = HumanLikelihood(
+            human_rows,
+            self._tokenizer.pad_token_id,
+            args.per_device_train_batch_size,
+            args.retrodictive_coef,
+            args.retrodictive_budget,
+            self.accelerator,
+            self._record,
+        )
+        rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        caps = warmup_caps(
+            args.imitator_warmup_steps, args.distinguisher_warmup_steps, len(human_rows.train), rows_per_step
+        )
+        self.phases = Phases(*caps, game=0)
+        self._plateau = Plateau()
+        self._last_reading = -1
+        self._entered_phase: str | None = None
+        self._tally = Tally()
+        self.add_callback(PhaseCallback(self))
+
+    def _record(self, name: str, total: float, count: float) -> None:
+        self._tally.add("train" if self.model.training else "eval", name, total, count)
+
+    @property
+    def phase(self) -> str:
+        """The phase of the step now under way."""
+        return self.phases.name(self.state.global_step)
+
+    # --- the plan: warm-ups before the game, each with its own learning rate
+
+    def set_initial_training_values(self, args, dataloader):
+        """`max_steps` and `num_train_epochs` count the game; the loop runs the warm-ups before it."""
+        _, per_epoch, num_examples, _, batch_size, steps_in_epoch, game = super().set_initial_training_values(
+            args, dataloader
+        )
+        self.phases.game = game
+        total = self.phases.total
+        return -(-total // per_epoch), per_epoch, num_examples, total * batch_size, batch_size, steps_in_epoch, total
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """The user's schedule over the steps of the game, inside the schedule of the phases."""
+        game = super().create_scheduler(self.phases.game or num_training_steps, optimizer)
+        if not isinstance(game, LambdaLR):
+            raise ValueError(
+                f"The schedule is a {type(game).__name__}; the phases need one that is a function of the step. Leave it "
+                "out of `optimizers` and set `lr_scheduler_type`."
+            )
+        self._game_schedule = game.lr_lambdas[0]
+        warmup = self.args.imitator_warmup_learning_rate / self.args.learning_rate
+        self.lr_scheduler = LambdaLR(
+            game.optimizer, lambda step: self.phases.learning_rate_factor(step, warmup, self._game_schedule)
+        )
+        return self.lr_scheduler
+
+    def _enter_phase(self) -> None:
+        """At a step's start: end an "auto" warm-up that stopped helping, and open the phase that has begun."""
+        step = self.state.global_step
+        if step != self._last_reading and self._is_reading_due(step):
+            self._last_reading = step
+            is_imitator = self.phase == IMITATOR_WARMUP
+            self._plateau.update(self.likelihood.heldout_nats(self.model) if is_imitator else self.game.reading().loss)
+            if self._plateau.is_reached:
+                self.phases.end(step)
+                self.state.max_steps = self.phases.total
+                show_total(self.callback_handler.callbacks, self.phases.total)
+        if self.phase == self._entered_phase:
+            return
+        left, self._entered_phase = self._entered_phase, self.phase
+        self._buffered_inputs, self._plateau = None, Plateau()
+        set_learning_rate(self.lr_scheduler, step)
+        if self.phase == GAME:
+            self.likelihood.open_budget(self.model)
+            if left == DISTINGUISHER_WARMUP:
+                self.game.say_whether_there_is_a_signal()
+
+    def _is_reading_due(self, step: int) -> bool:
+        args = self.args
+        auto = {IMITATOR_WARMUP: args.imitator_warmup_steps, DISTINGUISHER_WARMUP: args.distinguisher_warmup_steps}
+        number = self.phases.step_in_phase(step)
+        has_heldout = len(self.likelihood.rows.heldout) > 0
+        return auto.get(self.phase) == "auto" and has_heldout and number > 0 and number % READING_EVERY == 0
+
+    # --- one step
+
+    def _prepare_inputs(self, generation_batch):
+        if not self.model.training:
+            rows = [row for row in generation_batch[:: self.num_generations_eval] if row["completion"] is not None]
+            columns = [[row.get(key) for row in rows] for key in ("prompt", "completion", "weight")]
+            inputs = super()._prepare_inputs(generation_batch)
+            inputs["human_rows"] = render_humans(self.renderer, *columns)
+            return inputs
+        self._enter_phase()
+        if self.phase == IMITATOR_WARMUP:
+            return {"human_rows": self.likelihood.draw(self._step)}
+        if self.phase == DISTINGUISHER_WARMUP and not self.use_vllm:
+            # Nobody is paid yet, so no question needs G answers: as many different humans as the batch has room for.
+            numbers = self.game.draw_questions(self._step, len(generation_batch))
+            generation_batch = [self.train_dataset[number] for number in numbers]
+        return super()._prepare_inputs(generation_batch)
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        if self.model.training and self.game.pause is not None:
+            output["advantages"] = torch.zeros_like(output["advantages"])
+        return output
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        public = [without_internal(row) for row in inputs]
+        rewards = super()._calculate_rewards(public, prompts, completions, completion_ids_list)
+        is_train = self.model.training
+        phase = self.phase if is_train else None
+        return self.game.pay(
+            rewards,
+            inputs,
+            prompts,
+            completions,
+            completion_ids_list,
+            num_generations=self.num_generations if is_train else self.num_generations_eval,
+            phase=phase,
+            step=self._step,
+            lr_scale=self._game_schedule(self.phases.step_in_phase(self.state.global_step)) if phase == GAME else 1.0,
+        )
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not self.model.training:
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            self.likelihood.loss(model, inputs["human_rows"])
+            return loss
+        # The policy term's own normaliser, so that the two are weighed in the same nats.
+        scale = 1 / (self.max_completion_length * self.current_gradient_accumulation_steps)
+        if self.phase == IMITATOR_WARMUP:
+            return scale * self.likelihood.loss(model, inputs["human_rows"])
+        if self.phase == DISTINGUISHER_WARMUP:
+            # The imitator stands still, but every process runs a forward and a backward of the wrapped model.
+            return 0.0 * model(input_ids=inputs["prompt_ids"][:1, -1:]).logits.float().sum()
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.likelihood.multiplier == 0:
+            return loss
+        nats = self.likelihood.loss(model, self.likelihood.draw(self._step))
+        loss = loss + self.likelihood.multiplier * scale * nats
+        self.likelihood.keep_budget(nats.item())
+        return loss
+
+    def evaluate(self, *args, **kwargs):
+        """As in transformers; training then goes on as if it had not happened."""
+        with preserved_random_state():
+            return super().evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's metrics and ours, with the phase of the last step."""
+        mode = "train" if self.model.training else "eval"
+        values = self._tally.flush(mode)
+        if mode == "train" and values:
+            logs["phase"] = self.phases.name(max(self.state.global_step - 1, 0))
+        logs.update({f"eval_{name}" if mode == "eval" else name: value for name, value in values.items()})
+        super().log(logs, start_time)
