@@ -6,6 +6,7 @@ Training commands take `--config file.yaml`, every config field as a flag (a fla
 
 import difflib
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -133,6 +134,7 @@ def _run_adversarial(script_args: Any, training_args: Any, model_args: Any, mixt
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
+    trainer.create_model_card(dataset_name=script_args.dataset_name)
     trainer.accelerator.print(f"Imitator saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
@@ -157,9 +159,8 @@ def _train(name: str, argv: list[str], make_parser: Callable[[str], "TrlParser"]
         return 2
     if is_launched or not (launch_arguments or _needs_several_processes()):
         run(*settings)
-    else:
-        _launch(name, launch_arguments, _without_subsequence(argv, from_line))
-    return 0
+        return 0
+    return _launch(name, launch_arguments, _without_subsequence(argv, from_line))
 
 
 def _is_launched(argv: list[str]) -> bool:
@@ -246,12 +247,16 @@ def _needs_several_processes() -> bool:
     return os.path.isfile(default_config_file) or torch.cuda.device_count() > 1
 
 
-def _launch(name: str, launch_arguments: list[str], script_arguments: list[str]) -> None:
+def _launch(name: str, launch_arguments: list[str], script_arguments: list[str]) -> int:
     from accelerate.commands.launch import launch_command, launch_command_parser
 
     # As a module: run as a file, this folder would come first on the path, and its `rows` or `demo` hide others.
     script = ["--module", "hf_imitate.cli", name, _LAUNCHED, *script_arguments]
-    launch_command(launch_command_parser().parse_args([*launch_arguments, *script]))
+    try:
+        launch_command(launch_command_parser().parse_args([*launch_arguments, *script]))
+    except subprocess.CalledProcessError as error:
+        return error.returncode  # what went wrong was said by the process that failed
+    return 0
 
 
 def _without_subsequence(words: list[str], removed: list[str]) -> list[str]:

@@ -4,6 +4,7 @@ Sources are parsed with `ast`; nothing is imported, executed or downloaded.
 """
 
 import ast
+import gc
 import logging
 import os
 import re
@@ -11,6 +12,7 @@ import sysconfig
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
@@ -98,7 +100,7 @@ def load_docstrings(packages: Sequence[str] | None = None) -> Dataset:
     return Dataset.from_dict(columns, features=features, info=DatasetInfo(description=description, features=features))
 
 
-def load_prose(exclude: Dataset) -> list[str]:
+def load_prose(exclude: Dataset, packages: Sequence[str] | None = None) -> list[str]:
     """Load the rest of the running Python's prose, with no question or answer of `exclude` in it.
 
     Module and class docstrings, what follows the first line of a function's docstring, and comments on lines of their
@@ -108,15 +110,19 @@ def load_prose(exclude: Dataset) -> list[str]:
     Args:
         exclude (`datasets.Dataset`):
             Rows with `prompt` and `completion`, as [`load_docstrings`] gives them.
+        packages (`Sequence[str]`, *optional*):
+            As in [`load_docstrings`].
 
     Returns:
         `list[str]`: texts without repeats, ordered by module and line.
 
     Raises:
+        TypeError: `packages` is a string.
+        ValueError: a package is not found or has no Python sources.
         FileNotFoundError: the running Python came without its sources.
     """
     counts: Counter[str] = Counter()
-    sources = _read_sources(None, counts, is_paired_only=False)
+    sources = _read_sources(packages, counts, is_paired_only=False)
     candidates = list(dict.fromkeys(text for source in sources for text in _prose_of(source)))
     leaks = _LeakFilter(exclude["prompt"][:], exclude["completion"][:], candidates)
     texts = list(dict.fromkeys(clean for text in candidates for clean in leaks.clean(text)))
@@ -138,7 +144,7 @@ def _read_sources(packages: Sequence[str] | None, counts: Counter[str], *, is_pa
             continue
         try:
             content = path.read_bytes()
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _paused_garbage_collection():
                 # Old escape sequences in other people's sources are not this program's news.
                 warnings.simplefilter("ignore")
                 tree = ast.parse(content)
@@ -148,6 +154,18 @@ def _read_sources(packages: Sequence[str] | None, counts: Counter[str], *, is_pa
             continue
         counts["files"] += 1
         yield _Source(module, is_paired, text, tree)
+
+
+@contextmanager
+def _paused_garbage_collection() -> Iterator[None]:
+    """A tree is millions of live objects; collections that look for garbage among them double the time to parse."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _stdlib_files() -> list[tuple[str, Path, bool]]:
@@ -188,7 +206,7 @@ def _files_of(package: str) -> list[tuple[str, Path, bool]]:
         is_source = spec.origin is not None and spec.origin.endswith(".py")
         return [(package, Path(str(spec.origin)), True)] if is_source else []
     files = [file for folder in folders for file in _files_below(Path(folder), package, skipped=_INSTALLED)]
-    return [file for file in files if file[2]]
+    return files
 
 
 def _files_below(root: Path, package: str, skipped: Iterable[str]) -> list[tuple[str, Path, bool]]:
@@ -313,7 +331,7 @@ def _clean_paragraph(paragraph: str) -> str:
     if paragraph.lstrip().startswith(">>>"):
         return ""
     lines = (line.rstrip() for line in paragraph.split("\n"))
-    return "\n".join(line for line in lines if _LETTER.search(line))
+    return "\n".join(line for line in lines if _LETTER.search(line)).lstrip("#*-=+ \n")
 
 
 class _LeakFilter:

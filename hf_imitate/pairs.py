@@ -13,6 +13,7 @@ from hf_imitate.rendering import Answer
 if TYPE_CHECKING:
     from hf_imitate.distinguisher import Distinguisher
 
+BETAS = (0.5, 0.99)  # little momentum: against a moving opponent it pushes towards where the opponent was
 CHECK_LEARNING_RATE = (
     3e-2  # Adam moves a scalar by about its rate per step: at the adapter's rate it would stand still
 )
@@ -95,7 +96,7 @@ class Learner:
         if distinguisher.check_names:
             groups.append({"params": [distinguisher.check_weights], "lr": CHECK_LEARNING_RATE})
             self.parameters = [*self.parameters, distinguisher.check_weights]
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=BETAS)
         self.learning_rates = [group["lr"] for group in self.optimizer.param_groups]
 
     def step(self, pairs: Sequence[Pair], lr_scale: float = 1.0) -> StepResult:

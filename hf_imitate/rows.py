@@ -215,7 +215,9 @@ def _read_column(dataset: Dataset, column: str) -> Any:
 
 def _read_values(dataset: Dataset, column: str) -> list:
     feature = dataset.features[column]
-    if isinstance(feature, Value) or (isinstance(feature, List | LargeList) and _holds_plain_messages(feature.feature)):
+    if isinstance(feature, Value) or (
+        isinstance(feature, List | LargeList) and _holds_plain_messages(feature.feature)
+    ):
         return _read_column(dataset, column).to_pylist()
     return dataset.with_format(None)[column][:]
 
@@ -410,9 +412,10 @@ def _wanted_rows(test_size: float | int, num_rows: int) -> int:
         raise TypeError(
             f"`test_size` must be a share (float) or a number of rows (int); got {type(test_size).__name__}."
         )
-    num_wanted = round(test_size * num_rows) if isinstance(test_size, float) else test_size
-    is_share_wrong = isinstance(test_size, float) and not 0 < test_size < 1
-    if is_share_wrong or not 0 < num_wanted < num_rows:
+    is_share = isinstance(test_size, float)
+    is_in_range = 0 < test_size < (1 if is_share else num_rows)
+    num_wanted = round(test_size * num_rows) if is_in_range and is_share else int(test_size) if is_in_range else 0
+    if not 0 < num_wanted < num_rows:
         raise ValueError(
             f"`test_size` is {test_size}, of {num_rows} rows; both sides need at least one row. "
             f"Give a share between 0 and 1 that is at least one row, or a number from 1 to {num_rows - 1}."

@@ -52,7 +52,7 @@ class _Recipe:
     head_dim: int = 32
     max_length: int = 512
     sequence_length: int = 128
-    batch_size: int = 16
+    batch_size: int = 8
     learning_rate: float = 3e-3
     warmup_share: float = 0.05
     weight_decay: float = 0.1
@@ -224,9 +224,9 @@ def _pack(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Tensor:
     return torch.tensor(ids)
 
 
-def _new_model(tokenizer: PreTrainedTokenizerFast, recipe: _Recipe) -> Qwen3ForCausalLM:
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
+def _new_config(vocab_size: int, end_id: int, pad_id: int, recipe: _Recipe) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=vocab_size,
         hidden_size=recipe.hidden_size,
         intermediate_size=recipe.intermediate_size,
         num_hidden_layers=recipe.num_layers,
@@ -236,17 +236,16 @@ def _new_model(tokenizer: PreTrainedTokenizerFast, recipe: _Recipe) -> Qwen3ForC
         max_position_embeddings=recipe.max_length,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=end_id,
+        pad_token_id=pad_id,
     )
-    model = Qwen3ForCausalLM(config)
+
+
+def _new_model(tokenizer: PreTrainedTokenizerFast, recipe: _Recipe) -> Qwen3ForCausalLM:
+    end_id, pad_id = (tokenizer.convert_tokens_to_ids(token) for token in (END_TOKEN, PAD_TOKEN))
+    model = Qwen3ForCausalLM(_new_config(len(tokenizer), end_id, pad_id, recipe))
     model.generation_config = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        do_sample=True, temperature=1.0, top_p=1.0, top_k=0, eos_token_id=end_id, pad_token_id=pad_id
     )
     return model
 

@@ -36,7 +36,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "hub_cards": ({"hub_cards", "report"}, {"huggingface_hub", "jinja2"}),
     "trainers": (
         {"trainers", "math", "core", "hub_cards"},
-        {"torch", "numpy", "transformers", "trl", "peft", "accelerate", "datasets", "tqdm"},
+        {"torch", "numpy", "transformers", "trl", "peft", "accelerate", "datasets", "safetensors", "tqdm"},
     ),
     "shell": (
         {"shell", "root", "math", "core", "audits", "report", "hub_cards", "trainers"},

@@ -1,12 +1,14 @@
 """The command line: what it says, what it passes on, and one run from a config file to a saved imitator."""
 
 import json
-import os
+import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
+from hub_server import hub_environment, hub_server
 
 from hf_imitate import cli
 
@@ -14,9 +16,9 @@ ROOT = Path(__file__).parent.parent
 NAMED = ["--model_name_or_path", "any", "--dataset_name", "docstrings"]
 
 
-def shell(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+def shell(*arguments: str, environment: dict[str, str]) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "hf_imitate.cli", *arguments]
+    environment = {**environment, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -202,3 +204,53 @@ def test_a_missing_split_is_named_with_those_that_exist(tmp_path):
     rows = load(str(write_rows(tmp_path / "rows.jsonl")))
     with pytest.raises(ValueError, match=r"no split 'test', only train\..*--test_split_size"):
         cli._split_of(rows, "test")
+
+
+@pytest.mark.slow
+def test_from_a_config_file_to_a_private_repository_whose_card_runs_as_printed(tiny_model_dir, tmp_path):
+    """The whole road: shell, accelerate, training, one push, and the code of the card that arrived on the Hub."""
+    config = tmp_path / "x.yaml"
+    config.write_text(
+        textwrap.dedent(f"""
+            model_name_or_path: {tiny_model_dir}
+            dataset_name: {write_rows(tmp_path / "rows.jsonl")}
+            output_dir: {tmp_path / "out"}
+            use_peft: true
+            lora_r: 4
+            lora_target_modules: all-linear
+            num_generations: 2
+            per_device_train_batch_size: 4
+            max_completion_length: 8
+            max_steps: 3
+            imitator_warmup_steps: 1
+            distinguisher_warmup_steps: 1
+            use_cpu: true
+            hub_model_id: me/imitator
+            num_processes: 1
+        """)
+    )
+    with hub_server() as url:
+        environment = hub_environment(url, tmp_path / "home")
+        done = shell("adversarial", "--config", str(config), "--push_to_hub", environment=environment)
+        assert done.returncode == 0, done.stderr
+        assert "Imitator pushed to me/imitator." in done.stdout
+        card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+        assert "| Data set | `rows.jsonl` |" in card
+        assert str(tmp_path) not in card
+        blocks = re.findall(r"^```python\n(.*?)^```$", card, re.DOTALL | re.MULTILINE)
+        assert len(blocks) == 4
+        program = """
+            import json
+            from huggingface_hub import HfApi
+            info = HfApi().model_info("me/imitator")
+            print(json.dumps([info.private, sorted(file.rfilename for file in info.siblings)]))
+        """
+        program = "\n".join([*blocks, textwrap.dedent(program)])
+        run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    is_private, files = json.loads(run.stdout.splitlines()[-1])
+    assert is_private
+    weights = {"adapter_config.json", "adapter_model.safetensors"}
+    ours = {"README.md", "imitation.json", "generation_config.json", "distinguisher/checks.json"}
+    assert weights | ours | {f"distinguisher/{name}" for name in weights} < set(files)
+    assert not [name for name in files if name.startswith(("checkpoint", "training_args", "adversarial_state"))]

@@ -187,55 +187,53 @@ def test_a_tokenizer_needs_no_pad_token(model, renderer):
 
 @pytest.mark.parametrize("is_adapted", [False, True])
 def test_the_models_generation_config_does_not_bend_the_law(model, renderer, is_adapted):
-    used = get_peft_model(model, LoraConfig(target_modules=["q_proj"])) if is_adapted else model
-    settings = {"num_answers": 30, "seed": 0, "max_new_tokens": 6}
+    used = copy.deepcopy(model)
+    config = used.generation_config
+    if is_adapted:
+        used = get_peft_model(used, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    settings = {"num_answers": 20, "seed": 0, "max_new_tokens": 4}
     before = draw_answers(used, renderer, QUESTIONS, **settings)
-    bent = {"repetition_penalty": 9.0, "suppress_tokens": [2], "min_new_tokens": 6, "do_sample": True, "top_k": 1}
-    old = {name: getattr(model.generation_config, name) for name in bent}
-    config = model.generation_config
 
-    config.update(**bent)
-    try:
-        assert draw_answers(used, renderer, QUESTIONS, **settings) == before
-        assert model.generation_config is config
-        assert config.repetition_penalty == 9.0
-    finally:
-        config.update(**old)
-        if is_adapted:
-            used.unload()
+    config.update(repetition_penalty=9.0, suppress_tokens=[2], min_new_tokens=4, do_sample=True, top_k=1)
+
+    assert draw_answers(used, renderer, QUESTIONS, **settings) == before
+    assert used.generation_config is config
+    assert config.repetition_penalty == 9.0
 
 
 def test_the_active_adapter_answers(model, renderer):
-    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "o_proj"], init_lora_weights=False))
-    try:
-        settings = {"num_answers": 2500, "seed": 5, "max_new_tokens": 2, "batch_size": 4000}
-        draws = draw_answers(adapted, renderer, ["a"], **settings)[0]
-        assert_frequencies_match(draws, exact_law(adapted, renderer.prompt_ids(["a"])[0], 2))
-    finally:
-        adapted.unload()
-
-
-def test_prompt_tuning_answers_with_its_virtual_tokens(model, renderer):
     torch.manual_seed(0)
-    tuned = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    lora = LoraConfig(
+        target_modules=["q_proj", "o_proj"], lora_alpha=300, init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    adapted = get_peft_model(copy.deepcopy(model), lora)
     settings = {"num_answers": 2500, "seed": 5, "max_new_tokens": 2, "batch_size": 4000}
 
-    draws = draw_answers(tuned, renderer, ["a", "b c a"], **settings)[0]
+    draws = draw_answers(adapted, renderer, ["a", "b c a"], **settings)[0]
 
-    assert_frequencies_match(draws, exact_law(tuned, renderer.prompt_ids(["a"])[0], 2))
+    prompt = renderer.prompt_ids(["a"])[0]
+    assert_frequencies_match(draws, exact_law(adapted, prompt, 2))
+    with pytest.raises(AssertionError):
+        assert_frequencies_match(draws, exact_law(model, prompt, 2))
+
+
+def test_prompt_tuning_is_refused_because_peft_drops_its_positions(model, renderer):
+    tuned = get_peft_model(copy.deepcopy(model), PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+
+    with pytest.raises(ValueError, match="PROMPT_TUNING"):
+        draw_answers(tuned, renderer, ["a"], num_answers=1, seed=0, max_new_tokens=3)
 
 
 def test_drawing_leaves_the_model_and_the_random_state_alone(model, renderer):
-    model.train()
-    model.model.layers[0].eval()
-    modes = [module.training for module in model.modules()]
+    mixed = copy.deepcopy(model).train()
+    mixed.model.layers[0].eval()
+    modes = [module.training for module in mixed.modules()]
     state = torch.get_rng_state()
 
-    draw_answers(model, renderer, ["a"], num_answers=2, seed=0, max_new_tokens=3)
+    draw_answers(mixed, renderer, ["a"], num_answers=2, seed=0, max_new_tokens=3)
 
-    assert [module.training for module in model.modules()] == modes
+    assert [module.training for module in mixed.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
-    model.eval()
 
 
 def test_answers_to_no_questions_are_none(model, renderer):
@@ -243,16 +241,12 @@ def test_answers_to_no_questions_are_none(model, renderer):
 
 
 def test_nan_logits_are_an_error(model, renderer):
-    weight = model.model.norm.weight
-    kept = weight.detach().clone()
+    broken = copy.deepcopy(model)
     with torch.no_grad():
-        weight[0] = torch.nan
-    try:
-        with pytest.raises(ValueError, match="NaN"):
-            draw_answers(model, renderer, ["a"], num_answers=2, seed=0, max_new_tokens=3)
-    finally:
-        with torch.no_grad():
-            weight.copy_(kept)
+        broken.model.norm.weight[0] = torch.nan
+
+    with pytest.raises(ValueError, match="NaN"):
+        draw_answers(broken, renderer, ["a"], num_answers=2, seed=0, max_new_tokens=3)
 
 
 @pytest.mark.parametrize(

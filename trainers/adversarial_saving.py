@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 from transformers.training_args import HubStrategy
+from transformers.utils import PushInProgress
 
 from hf_imitate.hub_cards.facts import CardFacts, CardMetric, Paper
 from hf_imitate.hub_cards.model_card import render_card
-from hf_imitate.hub_cards.push import IGNORED_FILES, push_folder
+from hf_imitate.hub_cards.push import push_folder
 from hf_imitate.trainers.adversarial_config import AdversarialConfig
 from hf_imitate.trainers.phases import Phases
 
@@ -123,7 +123,7 @@ class AdversarialSaving:
                 "The distinguisher of training is not an audit: what it cannot see, nobody has looked for.",
                 "Numbers measured while training come from the distinguisher the imitator was trained against.",
             ),
-            generation=self.trained_law().to_diff_dict(),
+            generation={k: v for k, v in self.trained_law().to_diff_dict().items() if k != "transformers_version"},
         )
 
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None) -> None:
@@ -176,14 +176,16 @@ class AdversarialSaving:
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.create_model_card()
         shutil.copy(Path(self.args.output_dir) / "README.md", checkpoint_folder)
-        self.push_in_progress = HfApi(token=self.args.hub_token).upload_folder(
-            repo_id=self.hub_model_id,
-            folder_path=checkpoint_folder,
+        push = push_folder(
+            checkpoint_folder,
+            self.hub_model_id,
+            private=self.args.hub_private_repo is not False,
+            token=self.args.hub_token,
+            revision=self.args.hub_revision,
             commit_message=f"Training in progress, step {self.state.global_step}",
             run_as_future=True,
-            ignore_patterns=[*IGNORED_FILES, f"{STATE}*"],
-            revision=self.args.hub_revision,
         )
+        self.push_in_progress = PushInProgress([push])
 
     # --- the state of a run
 
@@ -207,6 +209,7 @@ class AdversarialSaving:
             "game": self.game.state(),
         }
         path = self._state_path(output_dir)
+        path.parent.mkdir(parents=True, exist_ok=True)  # the first process may not have been there yet
         cpu = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         save_file(cpu, path.with_suffix(".safetensors"))
         path.with_suffix(".json").write_text(json.dumps(stored), encoding="utf-8")

@@ -37,7 +37,8 @@ class Judgement(NamedTuple):
         bits (`float`): what one answer tells the judge about its author, at most the Jensen-Shannon divergence of
             the two laws in expectation. Negative for a judge that is confident and wrong.
         bits_interval (`Interval`): normal interval for `bits` over groups of pairs.
-        num_pairs (`int`): trials behind `accuracy`: test questions, or test pairs of questions too common to group.
+        num_pairs (`int`): trials behind `accuracy`: test questions, or test pairs of questions too common to group;
+            Kish's effective number where they weigh differently.
         num_ties (`int`): test comparisons with equal scores.
         findings (`tuple[Finding, ...]`): `paired_accuracy/<name>` and `judge_bits/<name>`.
     """
@@ -127,30 +128,23 @@ def judge_pairs(
     bits_interval = _normal_interval(bits_of_pair, weights, split.test_groups, confidence)
 
     caveats = _caveats(split, len(trials), weights)
+    exactness = f"{'; '.join(caveats)}. " if caveats else ""
+    detail_accuracy = f"One trial per question, {num_ties} ties counted 1/2; Clopper-Pearson interval. {exactness}"
+    detail_bits = (
+        "1 minus the cross-entropy of the balanced human-or-imitator label of single answers, by the judge's score "
+        f"calibrated on {len(split.valid)} validation pairs, probabilities kept in [{SMALLEST_PROBABILITY}, "
+        f"{1 - SMALLEST_PROBABILITY}]; normal interval over groups. Below 0: the judge is confident and wrong. "
+    )
+    told = _straddling(split)
     findings = (
         Finding(
-            f"paired_accuracy/{name}",
-            accuracy,
-            "probability",
-            interval,
-            confidence,
-            num_trials,
+            *(f"paired_accuracy/{name}", accuracy, "probability", interval, confidence, num_trials),
             certified=not caveats,
-            detail=f"One trial per question, {num_ties} ties counted 1/2; Clopper-Pearson. "
-            + ("; ".join(caveats) + ". " if caveats else "")
-            + _straddling(split),
+            detail=detail_accuracy + told,
         ),
         Finding(
-            f"judge_bits/{name}",
-            bits,
-            "bits",
-            bits_interval,
-            confidence,
-            len(np.unique(split.test_groups)),
-            detail="1 minus the cross-entropy of the balanced human-or-imitator label of single answers, by the "
-            f"judge's score calibrated on {len(split.valid)} validation pairs, probabilities kept in "
-            f"[{SMALLEST_PROBABILITY}, {1 - SMALLEST_PROBABILITY}]; normal interval over groups. Below 0: the judge is confident and wrong. "
-            + _straddling(split),
+            *(f"judge_bits/{name}", bits, "bits", bits_interval, confidence, len(np.unique(split.test_groups))),
+            detail=detail_bits + told,
         ),
     )
     return Judgement(name, accuracy, interval, bits, bits_interval, num_trials, num_ties, findings)
@@ -235,8 +229,8 @@ def _split_pairs(
         parts[part] += groups[group]
     if min(len(rows) for rows in parts.values()) < 2:
         raise ValueError(
-            f"{len(pairs)} pairs fall into {len(groups)} groups of equal questions, answers or `group_by` values, too "
-            "few to train, validate and test. Bring more distinct questions, or coarsen nothing by `group_by`."
+            f"{len(pairs)} pairs fall into {len(groups)} groups of equal questions, answers or `group_by` values: too "
+            "few to train, validate and test on. Bring more distinct questions, or a finer `group_by`."
         )
     for rows in parts.values():
         rows.sort()
@@ -326,15 +320,17 @@ def _platt_scaling(
     """Score -> probability of "human" for a single answer, both authors equally likely."""
     flat = np.concatenate([np.concatenate(both) for both in scores])
     is_human = np.concatenate([[1, *[0] * len(imitator)] for _, imitator in scores])
+    mean_weight = np.mean([pair.weight for pair in pairs])
     weights = np.concatenate(
         [
-            pair.weight * np.array([1, *[1 / len(imitator)] * len(imitator)])
+            pair.weight / mean_weight * np.array([1, *[1 / len(imitator)] * len(imitator)])
             for pair, (_, imitator) in zip(pairs, scores, strict=True)
         ]
     )
-    center, scale = flat.mean(), flat.std() or 1.0
+    center = np.average(flat, weights=weights)
+    scale = math.sqrt(np.average(np.square(flat - center), weights=weights)) or 1.0
     # The unit penalty keeps few validation pairs from making the judge certain.
-    model = LogisticRegression(C=1.0).fit(((flat - center) / scale)[:, None], is_human, weights / weights.mean())
+    model = LogisticRegression(C=1.0).fit(((flat - center) / scale)[:, None], is_human, weights)
     # A judge that points the wrong way on the validation pairs has found nothing; turning it round would be luck.
     slope = max(float(model.coef_[0, 0]), 0.0) / scale
     intercept = float(model.intercept_[0]) if slope else 0.0
@@ -356,22 +352,22 @@ def _mean_by(ids: np.ndarray, values: np.ndarray, weights: np.ndarray) -> tuple[
 
 def _normal_interval(values: np.ndarray, weights: np.ndarray, groups: np.ndarray, confidence: float) -> Interval:
     """Interval of a weighted mean whose values depend on each other within groups, Student's t over groups."""
-    mean = np.average(values, weights=weights)
+    mean = float(np.average(values, weights=weights))
     _, places = np.unique(groups, return_inverse=True)
     sums = np.bincount(places, weights * (values - mean))
     num_groups = len(sums)
-    error = math.sqrt(num_groups / (num_groups - 1) * np.square(sums).sum()) / weights.sum()
+    error = math.sqrt(num_groups / (num_groups - 1) * np.square(sums).sum()) / float(weights.sum())
     reach = float(student_t.isf((1 - confidence) / 2, num_groups - 1)) * error
-    return Interval(float(mean) - reach, float(mean) + reach)
+    return Interval(mean - reach, mean + reach)
 
 
 def _caveats(split: _Split, num_trials: int, weights: np.ndarray) -> list[str]:
     """Why the interval of the accuracy is not exact, if it is not."""
     caveats = []
     if np.ptp(weights) > 1e-12 * weights.max():
-        caveats.append("rows have different weights: Kish's effective number of trials")
+        caveats.append("rows have different weights; the number of trials is Kish's effective one")
     if num_trials < len(split.test) or any(len(pair.imitator) > 1 for pair in split.test):
-        caveats.append("trials are means over a question's answers: interval on the wide side")
+        caveats.append("a question's answers are one trial, their mean; the number of trials is Kish's effective one")
     num_tied = len(split.test) - len(np.unique(split.test_groups))
     if num_tied:
         caveats.append(f"{num_tied} test pairs share a question or an answer with another and count as independent")
@@ -380,5 +376,7 @@ def _caveats(split: _Split, num_trials: int, weights: np.ndarray) -> list[str]:
 
 def _straddling(split: _Split) -> str:
     if not split.num_straddling:
-        return "No question and no answer stands on both sides of the split."
+        return (
+            "No question and no answer stands on both sides of the split (of several generations, the first counts)."
+        )
     return f"{split.num_straddling} questions or answers are too common to stand on one side of the split."

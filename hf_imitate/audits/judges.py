@@ -118,11 +118,15 @@ class _NgramFeatures:
         hashing: dict[str, Any] = {"n_features": 2**18, "alternate_sign": False, "lowercase": False, "norm": "l2"}
         self.characters = HashingVectorizer(analyzer="char", ngram_range=(1, 4), **hashing)
         self.words = HashingVectorizer(analyzer=_word_ngrams, **hashing)
-        prompts, answers = _flatten(train)
-        counts = Counter(key for pair in zip(prompts, answers, strict=True) for key in _whole_answers(*pair))
-        # An answer seen once would only let the judge learn that one pair by heart.
+        # An answer that occurs in one pair only would let the judge learn that pair by heart.
+        counts = Counter(
+            key
+            for pair in train
+            for key in {k for answer in (pair.human, *pair.imitator) for k in _whole_answers(pair.prompt, answer)}
+        )
         self.known = {key: i for i, key in enumerate(key for key, count in counts.items() if count > 1)}
-        dense = np.array([_dense_features(*pair) for pair in zip(prompts, answers, strict=True)])
+        sides = [(pair.prompt, answer) for pair in train for answer in (pair.human, pair.imitator[0])]
+        dense = np.array([_dense_features(*side) for side in sides])
         self.center, self.scale = dense.mean(axis=0), dense.std(axis=0)
         self.scale[self.scale == 0] = 1.0
 
