@@ -22,9 +22,10 @@ from hf_imitate.pairs import Pair
 from hf_imitate.rendering import Answer, Renderer, collate, end_token_ids
 from hf_imitate.scoring import score_answers
 
-QUESTIONS = [f"question {word} :" for word in "one two three four five six seven eight".split()]
-ANSWERS = ["red", "blue", "green", "red blue", "blue red", "green green", "red green blue", "blue blue", "black", "white"]
-NUM_ROWS, NUM_STEPS, BATCH = 300, 900, 128
+QUESTIONS = [f"question {word} :" for word in ["one", "two", "three", "four", "five", "six", "seven", "eight"]]
+ANSWERS = ["red", "blue", "green", "black", "white"]
+ANSWERS += ["red blue", "blue red", "green green", "blue blue", "red green blue"]
+NUM_ROWS, NUM_STEPS, BATCH = 300, 700, 128
 NUM_JUDGED = 400  # pairs per question behind each judge: 3 200, of which 1 600 are trials
 SEEDS = [11, 12, 13, 14, 15]
 CELLS = [{"seed": seed, "arm": arm} for seed in SEEDS for arm in ("game", "frozen", "likelihood")]
@@ -98,7 +99,9 @@ def fit_to_law(model: Qwen3ForCausalLM, law: np.ndarray, num_steps: int = 400, r
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, num_steps)
     for _ in range(num_steps):
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        nats = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none").sum(1)
+        nats = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none").sum(
+            1
+        )
         (weight * nats).sum().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -153,12 +156,15 @@ def run_cell(cell: dict[str, Any], num_steps: int = NUM_STEPS) -> dict[str, Any]
             per_device_train_batch_size=BATCH,
             num_generations=8,
             max_completion_length=5,
-            learning_rate=1e-9 if likelihood_only else 6e-4,
+            learning_rate=1e-9 if likelihood_only else 1.5e-4,
+            warmup_steps=0 if likelihood_only else 20,
+            adam_beta1=0.5,
+            adam_beta2=0.99,
             distinguisher_learning_rate=2e-3,
             imitator_warmup_steps=400 if likelihood_only else 0,
             imitator_warmup_learning_rate=1e-3,
-            distinguisher_warmup_steps=0 if likelihood_only else 100,
-            distinguisher_steps=1,
+            distinguisher_warmup_steps=0 if likelihood_only else 50,
+            distinguisher_steps=3,
             retrodictive_coef=0.0,
             replay_ratio=0.5,
             report_to="none",
@@ -191,7 +197,7 @@ class _FreezeAfterWarmup(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step >= self.trainer.phases.game_start:
-            self.trainer.game.learner.learning_rates = [0.0] * len(self.trainer.game.learner.learning_rates)
+            self.trainer.args.distinguisher_steps = 0
 
 
 def summarize(results: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], bool]:
@@ -219,5 +225,7 @@ def summarize(results: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], bool
                 "frozen is worse": frozen["tv_end"] > game["tv_end"],
             }
         )
-    good = [row["tv start"] >= 0.3 and row["fell 60 %"] and row["near likelihood"] and row["judge fell"] for row in rows]
+    good = [
+        row["tv start"] >= 0.3 and row["fell 60 %"] and row["near likelihood"] and row["judge fell"] for row in rows
+    ]
     return rows, sum(good) >= 4 and sum(row["frozen is worse"] for row in rows) >= 4

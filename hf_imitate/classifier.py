@@ -1,13 +1,18 @@
-"""The parts a distinguisher is made of: a sequence classifier's body, its one-logit head, and where both are stored."""
+"""The parts a distinguisher is made of: a sequence classifier's body, its one-logit head and its adapter."""
 
 import copy
-from pathlib import Path
+from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from torch import nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 HEAD_STD = 0.02  # not zero: a zero head on LoRA's zero B matrix is a saddle point
 
@@ -17,6 +22,17 @@ def default_peft_config() -> LoraConfig:
     return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", lora_dropout=0.0)
 
 
+def adapter_config(peft_config: PeftConfig, **changes: Any) -> PeftConfig:
+    """A copy of an adapter's configuration for a distinguisher: without dropout, with `changes`."""
+    config = copy.deepcopy(peft_config)
+    config.inference_mode = False
+    if isinstance(config, LoraConfig):
+        config.lora_dropout = 0.0
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
+
+
 def new_head(hidden_size: int, device: torch.device) -> nn.Linear:
     """A one-logit head with small random weights, in fp32."""
     head = nn.Linear(hidden_size, 1, bias=False, dtype=torch.float32)
@@ -24,30 +40,45 @@ def new_head(hidden_size: int, device: torch.device) -> nn.Linear:
     return head.to(device)
 
 
-def classifier_with_body_of(model: PreTrainedModel) -> PreTrainedModel:
-    """A sequence classifier around a copy of a causal LM's body; the head is the caller's to set."""
+def classifier_around(model: PreTrainedModel, copy_body: bool = False) -> PreTrainedModel:
+    """A sequence classifier with one label and a new head around a causal LM's body, its own or a copy of it."""
     config = copy.deepcopy(model.config)
     config.num_labels = 1
     with torch.device("meta"):
         classifier = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
-    setattr(classifier, classifier.base_model_prefix, copy.deepcopy(model.base_model))
-    classifier.requires_grad_(True)
-    return classifier
-
-
-def distinguisher_folder(repo: str | Path, revision: str | None) -> tuple[Path, Path]:
-    """The folder that holds the distinguisher, and the repo's root (downloaded where `repo` is a Hub id).
-
-    Raises:
-        FileNotFoundError: there is no distinguisher.
-    """
-    root = Path(repo)
-    if not root.is_dir():
-        root = Path(snapshot_download(str(repo), revision=revision, ignore_patterns=["*.bin", "*.pt", "checkpoint-*"]))
-    for folder in (root / "distinguisher", root):
-        if (folder / "checks.json").exists():
-            return folder, root
-    raise FileNotFoundError(
-        f"{repo} holds no distinguisher: neither `distinguisher/checks.json` nor `checks.json` is there. "
-        "Imitators trained by AdversarialTrainer carry one."
+    setattr(
+        classifier, classifier.base_model_prefix, copy.deepcopy(model.base_model) if copy_body else model.base_model
     )
+    if getattr(classifier, "score", None) is not None:
+        classifier.score = new_head(config.get_text_config().hidden_size, model.device)
+    # It says which tokens end an answer; a classifier has none of its own.
+    classifier.generation_config = getattr(model, "generation_config", None)
+    return classifier.train(model.training)
+
+
+def load_classifier(name_or_path: str, **loading: Any) -> PreTrainedModel:
+    """A sequence classifier with one label: the one stored there, or a new head on the causal LM stored there.
+
+    A causal LM is loaded as such and then given its head, since loading it as a classifier reports weights as missing.
+    """
+    config = AutoConfig.from_pretrained(
+        name_or_path, revision=loading.get("revision"), trust_remote_code=loading["trust_remote_code"]
+    )
+    if is_classifier_config(config):
+        return AutoModelForSequenceClassification.from_pretrained(name_or_path, num_labels=1, **loading)
+    return classifier_around(AutoModelForCausalLM.from_pretrained(name_or_path, **loading))
+
+
+def is_classifier_config(config: PreTrainedConfig) -> bool:
+    """Whether the weights this configuration belongs to were saved with a classifier's head."""
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """Switch dropout off for good: a score is the forward that trains, and the same whatever mode the model is in."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(vars(module).get("attention_dropout"), float):
+            vars(module)["attention_dropout"] = 0.0
+    return model

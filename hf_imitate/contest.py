@@ -1,5 +1,7 @@
 """One generation batch before the distinguisher: scored as it is, then learned from."""
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from hf_imitate.checks import Check, check_outcomes
 from hf_imitate.human_rows import HumanRow, without_internal
-from hf_imitate.pairs import Learner, Pair
+from hf_imitate.pairs import Learner, Pair, comparable
 from hf_imitate.rendering import Answer
 
 
@@ -35,10 +37,16 @@ class Round:
     human_outcomes: Tensor
 
     def pair(self, i: int) -> Pair:
-        """Row `i` as a pair to learn from."""
+        """Row `i` as a pair to learn from.
+
+        Raises:
+            ValueError: no human answered.
+        """
+        human = self.humans[i]
+        if human is None:
+            raise ValueError(f"Row {i} has no human answer, so there is no pair to learn from.")
         on_human, on_imitator = self.human_outcomes[i].tolist(), self.outcomes[i].tolist()
         checks = (tuple(on_human), (tuple(on_imitator),)) if on_imitator else ((), ())
-        human = self.humans[i]
         return Pair(self.prompts[i], human.answer, (self.answers[i],), human.weight, *checks)
 
 
@@ -77,8 +85,14 @@ def run_checks(
 
 
 class Scores(NamedTuple):
-    """Logits of both sides before the update, NaN where there is no human answer, and the mean loss in nats (NaN if
-    nothing was learned). [N], [N], float."""
+    """What a distinguisher said of a generation batch before it learned from it.
+
+    Attributes:
+        imitator: logit of each of the imitator's answers. [N].
+        human: logit of the human's answer to the same question, NaN where there is none. Checks that do not apply to
+            both answers of a row are left out of both logits, so it can differ between rows of one question. [N].
+        loss: mean loss per comparison in nats over all processes; NaN if nothing was learned here.
+    """
 
     imitator: Tensor
     human: Tensor
@@ -86,25 +100,24 @@ class Scores(NamedTuple):
 
 
 def merged(pairs: Sequence[Pair]) -> list[Pair]:
-    """Pairs with the same question and human answer in a row become one, so that the human is read once."""
-    groups: list[list[Pair]] = []
-    for pair in pairs:
-        same = groups and groups[-1][0].prompt == pair.prompt and groups[-1][0].human == pair.human
-        if same and groups[-1][0].human_checks == pair.human_checks:
-            groups[-1].append(pair)
-        else:
-            groups.append([pair])
+    """Pairs with the same question, human answer and weight in a row become one, so that the human is read once."""
     return [
         Pair(
             group[0].prompt,
             group[0].human,
-            tuple(pair.imitator[0] for pair in group),
+            tuple(answer for pair in group for answer in pair.imitator),
             sum(pair.weight for pair in group),
             group[0].human_checks,
             tuple(checks for pair in group for checks in pair.imitator_checks),
         )
-        for group in groups
+        for group in (list(same) for _, same in itertools.groupby(pairs, _what_a_human_said))
     ]
+
+
+def _what_a_human_said(pair: Pair) -> tuple:
+    # NaN differs from itself; `None` does not.
+    checks = tuple(None if math.isnan(outcome) else outcome for outcome in pair.human_checks)
+    return pair.prompt, pair.human, pair.weight, checks
 
 
 def judge(
@@ -132,29 +145,43 @@ def judge(
     d = learner.distinguisher
     learned = sorted(learn_from) if replayed else []
     pairs = merged([batch.pair(i) for i in learned])
-    imitator = torch.full((len(batch.prompts),), torch.nan, device=d.device)
-    by_question: dict[int, Tensor] = {}
+    on_imitator, on_human = _check_logits(learner, batch)
 
+    of_imitator = torch.full((len(batch.prompts),), torch.nan, device=d.device)
+    of_human: dict[int, Tensor] = {}  # by question, of the text alone
     rest = sorted(set(range(len(batch.prompts))) - set(learned))
-    answered = {batch.questions[i]: i for i in learned}
-    unseen = {
-        batch.questions[i]: i for i in rest if batch.humans[i] is not None and batch.questions[i] not in answered
+    in_lesson = {batch.questions[i] for i in learned}
+    humans = {
+        batch.questions[i]: human.answer
+        for i in rest
+        if (human := batch.humans[i]) is not None and batch.questions[i] not in in_lesson
     }
-    shown = [batch.answers[i] for i in rest] + [batch.humans[i].answer for i in unseen.values()]
-    asked = [batch.prompts[i] for i in [*rest, *unseen.values()]]
-    outcomes = torch.cat([batch.outcomes[rest], batch.human_outcomes[list(unseen.values())]])
-    scored = d.score(asked, shown, outcomes, batch_size=max_rows)
-    imitator[rest] = scored[: len(rest)]
-    by_question.update(zip(unseen, scored[len(rest) :], strict=True))
+    first = {batch.questions[i]: i for i in rest}
+    asked = [batch.prompts[i] for i in rest] + [batch.prompts[first[question]] for question in humans]
+    scored = d.score(asked, [batch.answers[i] for i in rest] + list(humans.values()), batch_size=max_rows)
+    of_imitator[rest] = scored[: len(rest)] + on_imitator[rest]
+    of_human.update(zip(humans, scored[len(rest) :], strict=True))
 
     loss = float("nan")
     for step, old in enumerate(replayed):
         result = learner.step([*pairs, *old], lr_scale)
         if step == 0 and pairs:
-            loss = result.loss
-            seen = result.logits[: len(pairs)]
-            imitator[learned] = torch.cat([logits.imitator for logits in seen])
-            of_humans = torch.cat([logits.human for logits in seen])
-            by_question.update(zip((batch.questions[i] for i in learned), of_humans, strict=True))
+            loss, seen = result.loss, result.logits[: len(pairs)]
+            of_imitator[learned] = torch.cat([logits.imitator for logits in seen])
+            texts = torch.cat([logits.human for logits in seen]) - on_human[learned]
+            of_human.update(zip((batch.questions[i] for i in learned), texts, strict=True))
     missing = torch.full((), torch.nan, device=d.device)
-    return Scores(imitator, torch.stack([by_question.get(q, missing) for q in batch.questions]), loss)
+    return Scores(of_imitator, torch.stack([of_human.get(q, missing) for q in batch.questions]) + on_human, loss)
+
+
+@torch.no_grad()
+def _check_logits(learner: Learner, batch: Round) -> tuple[Tensor, Tensor]:
+    """What the checks add to the logits of the imitator's and of the human's answers, before the update. [N] each."""
+    d = learner.distinguisher
+    if not d.check_names:
+        nothing = torch.zeros(len(batch.prompts), device=d.device)
+        return nothing, nothing
+    on_human, on_imitator = comparable(batch.human_outcomes.to(d.device), batch.outcomes.to(d.device))
+    is_alone = torch.tensor([human is None for human in batch.humans], device=d.device)
+    on_imitator = torch.where(is_alone[:, None], batch.outcomes.to(d.device), on_imitator)
+    return d.check_logits(on_imitator), d.check_logits(on_human)

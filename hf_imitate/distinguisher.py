@@ -1,29 +1,29 @@
 """The human-or-imitator classifier: one logit per (question, answer), high means human; and how it is fitted."""
 
 import contextlib
-import copy
-import json
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import save_file
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from tqdm.auto import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
-from hf_imitate.checks import Check, check_name, check_outcomes
-from hf_imitate.classifier import classifier_with_body_of, distinguisher_folder, new_head
-from hf_imitate.losses import DISTINGUISHER_LOSSES, paired_wins
-from hf_imitate.pairs import Learner, Logits, Pair
-from hf_imitate.plateau import Plateau
+from hf_imitate.checks import Check, check_names, check_outcomes
+from hf_imitate.classifier import adapter_config, classifier_around, load_classifier, new_head, without_dropout
+from hf_imitate.distinguisher_files import (
+    can_share,
+    distinguisher_folder,
+    load_model,
+    load_shared_adapter,
+    read_settings,
+    write_distinguisher,
+)
+from hf_imitate.distinguisher_fit import FitReport, fit, mean_loss_and_accuracy
 from hf_imitate.rendering import Answer, Rendered, Renderer, canonical_text, collate, end_token_ids
 
-logger = logging.getLogger(__name__)
+__all__ = ["ADAPTER_NAME", "Distinguisher", "FitReport", "fit", "mean_loss_and_accuracy"]
 
 ADAPTER_NAME = "distinguisher"
 
@@ -31,9 +31,10 @@ ADAPTER_NAME = "distinguisher"
 class Distinguisher:
     """Scores how human an answer to a question reads.
 
-    The logit is the text's logit plus, for each check, a learned weight times (outcome - 1/2). The text's logit is read
-    at the last token, so an answer that ended and one that was cut are told apart. A plain callable with TRL's reward
-    signature: `GRPOTrainer(reward_funcs=Distinguisher.from_pretrained(repo))` works.
+    The logit is the text's logit plus, for each check, a learned weight times (outcome - 1/2). The text's logit is
+    read at the last token, so an answer that ended and one that was cut are told apart. Dropout is switched off for
+    good. A plain callable with TRL's reward signature: `GRPOTrainer(reward_funcs=Distinguisher.from_pretrained(repo))`
+    works.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -48,11 +49,16 @@ class Distinguisher:
         checks (`Sequence[Callable]`, *optional*):
             Checks whose outcomes enter the logit, each with a weight that is learned and starts at 0.
         check_weights (`dict[str, float]`, *optional*):
-            Trained weights by check name.
+            Trained weights by check name; the checks themselves may come later, by `set_checks`.
         max_answer_tokens (`int`, *optional*):
             Longest answer read, in tokens with the end token.
         chat_template_kwargs (`dict`, *optional*):
             Passed to the chat template.
+        end_ids (`Sequence[int]`, *optional*):
+            Every id that ends an answer; by default those of the model's generation config and the tokenizer.
+
+    Raises:
+        ValueError: the model has no head, or two checks share a name.
     """
 
     __name__ = "distinguisher"  # TRL names a reward's column by it
@@ -68,20 +74,22 @@ class Distinguisher:
         check_weights: dict[str, float] | None = None,
         max_answer_tokens: int | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        end_ids: Sequence[int] | None = None,
     ):
         self.model, self.tokenizer, self.adapter_name, self.checks = model, tokenizer, adapter_name, tuple(checks)
-        core = self._core()
         if adapter_name is None:
-            head = getattr(core, "score", None)
-            if head is None:
-                raise ValueError(
-                    f"{type(core).__name__} has no `score` head. Pass a causal LM's repo id, or a model loaded by "
-                    "AutoModelForSequenceClassification with num_labels=1."
-                )
-        self.head = head
-        ends = end_token_ids(tokenizer, getattr(core, "generation_config", None))
+            without_dropout(model)
+        core = self._core()
+        head = getattr(core, "score", None) if adapter_name is None else head
+        if head is None:
+            raise ValueError(
+                f"{type(core).__name__} has no `score` head. Pass a causal LM's repo id, or a model loaded by "
+                "AutoModelForSequenceClassification with num_labels=1."
+            )
+        self.head: nn.Module = head
+        ends = end_token_ids(tokenizer, getattr(core, "generation_config", None)) if end_ids is None else end_ids
         self.renderer = Renderer(tokenizer, ends, max_answer_tokens, chat_template_kwargs)
-        weights = {check_name(check): 0.0 for check in checks} if check_weights is None else check_weights
+        weights = dict.fromkeys(check_names(checks), 0.0) if check_weights is None else check_weights
         self.check_names = tuple(weights)
         self.check_weights = nn.Parameter(torch.tensor(list(weights.values()), dtype=torch.float32))
         self.check_weights.data = self.check_weights.data.to(self.device)
@@ -91,17 +99,15 @@ class Distinguisher:
 
     @classmethod
     def on_shared_base(cls, model: PeftModel, tokenizer: Any, peft_config: PeftConfig, **kwargs) -> "Distinguisher":
-        """A second adapter and a head on the imitator's own frozen base."""
-        config = copy.deepcopy(peft_config)
-        config.modules_to_save, config.inference_mode = None, False
-        if isinstance(config, LoraConfig):
-            config.lora_dropout = 0.0
-        model.add_adapter(ADAPTER_NAME, config)
-        for name, parameter in model.named_parameters():
-            if f".{ADAPTER_NAME}." in name:
-                parameter.requires_grad_(False)
-        reference = next(p for n, p in model.named_parameters() if f".{ADAPTER_NAME}." in n)
-        head = new_head(model.config.get_text_config().hidden_size, reference.device)
+        """A second adapter and a head on the imitator's own frozen base; flags and active adapter stay as they are."""
+        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        model.add_adapter(ADAPTER_NAME, adapter_config(peft_config, modules_to_save=None))
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        own = _adapter_parameters(model, ADAPTER_NAME)
+        for parameter in own:
+            parameter.requires_grad_(False)
+        head = new_head(model.config.get_text_config().hidden_size, own[0].device)
         return cls(model, tokenizer, head=head, adapter_name=ADAPTER_NAME, **kwargs)
 
     @classmethod
@@ -129,20 +135,15 @@ class Distinguisher:
             if isinstance(model, str):
                 loading = {"revision": revision, "trust_remote_code": False}
                 tokenizer = tokenizer or AutoTokenizer.from_pretrained(model, **loading)
-                classifier = AutoModelForSequenceClassification.from_pretrained(
-                    model, num_labels=1, dtype=torch.float32, **loading
-                )
-            else:
-                classifier = classifier_with_body_of(model)
-            if getattr(classifier, "score", None) is not None:
+                classifier = load_classifier(model, dtype=torch.float32, **loading)
                 classifier.score = new_head(classifier.config.get_text_config().hidden_size, classifier.device)
+            else:
+                classifier = classifier_around(model, copy_body=True)
+            classifier.requires_grad_(True)
             # A classifier's own pooling looks for the pad id; unequal to the end token, it finds the end marker.
             classifier.config.pad_token_id = tokenizer.pad_token_id
             if peft_config is not None:
-                config = copy.deepcopy(peft_config)
-                config.task_type, config.modules_to_save = "SEQ_CLS", ["score"]
-                if isinstance(config, LoraConfig):
-                    config.lora_dropout = 0.0
+                config = adapter_config(peft_config, task_type="SEQ_CLS", modules_to_save=["score"])
                 classifier = get_peft_model(classifier, config)
         return cls(classifier, tokenizer, **kwargs)
 
@@ -154,45 +155,44 @@ class Distinguisher:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         revision: str | None = None,
+        base: PeftModel | None = None,
     ) -> "Distinguisher":
         """Load from an imitator's repo (its `distinguisher/` folder) or from such a folder itself.
 
         Args:
             repo: Hub repo id or local path.
             checks: the checks it was trained with, needed to score with more than the text.
+            device: where to put it; with a shared base, where that is.
+            dtype: of the base's weights; fp32 by default. With a shared base, the base's own.
+            revision: of the repo.
+            base: an imitator in PEFT that is already loaded. Where the distinguisher is an adapter for the very same
+                base, it is put beside the imitator's, and no second base is loaded; else `base` is left alone.
 
         Raises:
             FileNotFoundError: there is no distinguisher there.
             ValueError: `checks` are not those it was trained with.
         """
         folder, root = distinguisher_folder(repo, revision)
-        stored = json.loads((folder / "checks.json").read_text(encoding="utf-8"))
-        loading = {"trust_remote_code": False, "use_safetensors": True, "dtype": dtype or torch.float32}
-        if (folder / "adapter_config.json").exists():
-            config = PeftConfig.from_pretrained(str(folder))
-            base = AutoModelForSequenceClassification.from_pretrained(
-                config.base_model_name_or_path, num_labels=1, revision=config.revision, **loading
-            )
-            model = PeftModel.from_pretrained(base, str(folder))
-        else:
-            model = AutoModelForSequenceClassification.from_pretrained(str(folder), num_labels=1, **loading)
-        tokenizer_folder = folder if (folder / "tokenizer_config.json").exists() else root
+        stored = read_settings(folder)
+        tokenizer_folder = folder if (folder / "tokenizer_config.json").is_file() else root
         tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_folder), trust_remote_code=False)
-        core = model.get_base_model() if isinstance(model, PeftModel) else model
-        core.config.pad_token_id = tokenizer.pad_token_id
-        if device is not None:
-            model.to(device)
-        model.eval().requires_grad_(False)
-        distinguisher = cls(
-            model,
-            tokenizer,
-            check_weights=stored["checks"],
-            max_answer_tokens=stored["max_answer_tokens"],
-            chat_template_kwargs=stored["chat_template_kwargs"],
-        )
+        settings = {
+            "check_weights": stored["checks"],
+            "max_answer_tokens": stored["max_answer_tokens"],
+            "chat_template_kwargs": stored["chat_template_kwargs"],
+            "end_ids": stored["end_token_ids"],
+        }
+        if base is not None and can_share(base, folder):
+            config = PeftConfig.from_pretrained(str(folder))
+            distinguisher = cls.on_shared_base(base, tokenizer, config, **settings)
+            load_shared_adapter(distinguisher, folder)
+        else:
+            model = load_model(folder, dtype)
+            core = model.get_base_model() if isinstance(model, PeftModel) else model
+            core.config.pad_token_id = tokenizer.pad_token_id
+            distinguisher = cls(model if device is None else model.to(device), tokenizer, **settings)
         if checks:
             distinguisher.set_checks(checks)
-        distinguisher.renderer.end_token_ids = stored["end_token_ids"]
         return distinguisher
 
     def set_checks(self, checks: Sequence[Check]) -> None:
@@ -201,7 +201,7 @@ class Distinguisher:
         Raises:
             ValueError: it was trained with other checks.
         """
-        names = tuple(check_name(check) for check in checks)
+        names = check_names(checks)
         if self.check_names and set(names) != set(self.check_names):
             raise ValueError(
                 f"This distinguisher was trained with the checks {sorted(self.check_names)}; got {sorted(names)}. "
@@ -219,7 +219,10 @@ class Distinguisher:
         if self.adapter_name is None:
             self.model.to(device)
             if gradient_checkpointing:
-                self.model.gradient_checkpointing_enable()
+                self.model.train()
+                # Its name until transformers 5.19 or so; later versions warn of it.
+                enable = getattr(self.model, "activation_checkpointing_enable", None)
+                (enable or self.model.gradient_checkpointing_enable)()
                 self.model.enable_input_require_grads()
         self.head.to(device)
         self.check_weights.data = self.check_weights.data.to(device)
@@ -240,17 +243,14 @@ class Distinguisher:
 
     def text_logits(self, rows: Sequence[Rendered]) -> Tensor:
         """Logit of each rendered text. [N], fp32. The gradient reaches whatever is trainable just now."""
+        batch = collate(rows, self.tokenizer.pad_token_id or 0, self.device)
         with self.autocast():
-            batch = collate(rows, self.tokenizer.pad_token_id or 0, self.device)
-            hidden = (
-                self._core()
-                .base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-                .last_hidden_state
-            )
+            body = self._core().base_model
+            seen = body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
         last = batch.attention_mask.sum(dim=1) - 1
-        pooled = hidden[torch.arange(len(rows), device=hidden.device), last].float()
+        pooled = seen.last_hidden_state[torch.arange(len(rows), device=last.device), last]
         with torch.autocast(pooled.device.type, enabled=False):
-            return self.head(pooled).squeeze(1).float()
+            return self.head(pooled.to(next(self.head.parameters()).dtype)).squeeze(1).float()
 
     @torch.no_grad()
     def score(
@@ -289,10 +289,21 @@ class Distinguisher:
         return (torch.nan_to_num(outcomes - 0.5, nan=0.0) * self.check_weights).sum(dim=-1)
 
     def __call__(self, prompts: list, completions: list, completion_ids: list | None = None, **columns) -> list[float]:
-        """TRL's reward signature. Whether an answer ended is read from `completion_ids`, where given."""
+        """TRL's reward signature.
+
+        Whether an answer ended is read from `completion_ids` where given, which takes a policy with this
+        distinguisher's tokenizer: it did if one of its ids is an end token. Without ids every answer counts as ended.
+
+        Raises:
+            ValueError: it was trained with checks and has none.
+        """
+        if not prompts:
+            return []
         texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-        ends = self.renderer.end_token_ids
-        ended = [True] * len(texts) if completion_ids is None else [ids[-1] in ends for ids in completion_ids]
+        ended = [True] * len(texts)
+        if completion_ids is not None:
+            ends = set(self.renderer.end_token_ids)
+            ended = [not ends.isdisjoint(ids) for ids in completion_ids]
         outcomes = None
         if self.check_names:
             if not self.checks:
@@ -311,8 +322,7 @@ class Distinguisher:
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The classifier's own parameters, without the check weights; the same in every phase of training."""
         if self.adapter_name is not None:
-            adapter = [p for n, p in self.model.named_parameters() if f".{self.adapter_name}." in n]
-            return [*adapter, *self.head.parameters()]
+            return [*_adapter_parameters(self.model, self.adapter_name), *self.head.parameters()]
         if isinstance(self.model, PeftModel):
             names = ("lora_", "modules_to_save.")
             return [p for n, p in self.model.named_parameters() if p.requires_grad or any(key in n for key in names)]
@@ -340,100 +350,8 @@ class Distinguisher:
 
     def save_pretrained(self, folder: str | Path, with_tokenizer: bool = True) -> None:
         """Write adapter and head (PEFT, SEQ_CLS, one label) or full weights, and `checks.json`."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.adapter_name is not None:
-            state = get_peft_model_state_dict(self.model, adapter_name=self.adapter_name, save_embedding_layers=False)
-            state["base_model.model.score.weight"] = self.head.weight
-            config = copy.deepcopy(self.model.peft_config[self.adapter_name])
-            config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", ["score"], True
-            config.base_model_name_or_path = self.model.peft_config["default"].base_model_name_or_path
-            config.save_pretrained(str(folder))
-            tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-            save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        elif isinstance(self.model, PeftModel) and not self.model.peft_config["default"].base_model_name_or_path:
-            # An adapter on a base that exists nowhere but in memory could not be loaded again.
-            copy.deepcopy(self.model).merge_and_unload().save_pretrained(folder)
-        else:
-            self.model.save_pretrained(str(folder))
-            (folder / "README.md").unlink(missing_ok=True)
-        if with_tokenizer:
-            self.tokenizer.save_pretrained(str(folder))
-        stored = {
-            "version": 1,
-            "checks": dict(zip(self.check_names, self.check_weights.tolist(), strict=True)),
-            "max_answer_tokens": self.renderer.max_answer_tokens,
-            "end_token_ids": self.renderer.end_token_ids,
-            "chat_template_kwargs": self.renderer.chat_template_kwargs,
-        }
-        (folder / "checks.json").write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
+        write_distinguisher(self, Path(folder), with_tokenizer)
 
 
-class FitReport(NamedTuple):
-    """How a fit went: updates made, and loss (nats per comparison) and paired accuracy on the held-out pairs where
-    the kept weights were best; NaN without held-out pairs."""
-
-    num_steps: int
-    heldout_loss: float
-    heldout_accuracy: float
-
-
-def mean_loss_and_accuracy(logits: Sequence[Logits], loss: str) -> tuple[float, float]:
-    """Mean loss (nats) and paired accuracy (ties 1/2) over all comparisons; NaN if there are none."""
-    if not logits:
-        return float("nan"), float("nan")
-    human, imitator = (torch.cat([pair[side] for pair in logits]) for side in (0, 1))
-    return DISTINGUISHER_LOSSES[loss](human, imitator).mean().item(), paired_wins(human, imitator).mean().item()
-
-
-def fit(
-    distinguisher: Distinguisher,
-    pairs: Sequence[Pair],
-    heldout_pairs: Sequence[Pair] = (),
-    *,
-    num_steps: int = 400,
-    batch_size: int = 32,
-    learning_rate: float = 1e-3,
-    loss: str = "bradley_terry",
-    patience: int = 5,
-    eval_every: int = 20,
-    seed: int = 0,
-    progress: bool = False,
-) -> FitReport:
-    """Fit a distinguisher to pairs, and keep the weights that were best on held-out pairs.
-
-    Args:
-        distinguisher: what is fitted, in place.
-        pairs: training pairs.
-        heldout_pairs: pairs it never trains on; they decide when to stop and which weights are kept.
-        num_steps: most updates; the learning rate falls linearly to 0 over them.
-        batch_size: pairs in an update.
-        loss: "bradley_terry" or "bce".
-        patience: readings without improvement, `eval_every` updates apart, that end the fit.
-
-    Raises:
-        ValueError: there are no pairs.
-    """
-    if not pairs:
-        raise ValueError("`fit` needs at least one pair of a human's and an imitator's answer; got none.")
-    learner = Learner(distinguisher, learning_rate, loss=loss)
-    order = np.random.default_rng(seed)
-    plateau, best, best_accuracy = Plateau(patience), None, float("nan")
-    queue: list[int] = []
-    step = 0
-    for step in tqdm(range(1, num_steps + 1), desc="distinguisher", disable=not progress, leave=False):
-        while len(queue) < batch_size:
-            queue += order.permutation(len(pairs)).tolist()
-        batch, queue = queue[:batch_size], queue[batch_size:]
-        learner.step([pairs[i] for i in batch], lr_scale=1 - (step - 1) / num_steps)
-        if heldout_pairs and (step % eval_every == 0 or step == num_steps):
-            value, accuracy = mean_loss_and_accuracy(learner.score(heldout_pairs), loss)
-            if plateau.update(value):
-                best, best_accuracy = [p.detach().clone() for p in learner.parameters], accuracy
-            if plateau.is_reached:
-                break
-    if best is not None:
-        with torch.no_grad():
-            for parameter, value in zip(learner.parameters, best, strict=True):
-                parameter.copy_(value)
-    return FitReport(step, plateau.best if heldout_pairs else float("nan"), best_accuracy)
+def _adapter_parameters(model: PeftModel, adapter_name: str) -> list[nn.Parameter]:
+    return [parameter for name, parameter in model.named_parameters() if adapter_name in name.split(".")]

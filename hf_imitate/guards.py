@@ -22,7 +22,7 @@ class Guard:
 
     Attributes:
         accuracy: moving average of the paired accuracy on fresh answers; `None` before the first.
-        truncated: moving average of the imitator's truncated share.
+        truncated, truncated_human: moving averages of the share of answers cut at the limit, per side.
         truncated_at_start: that share over the first batch of the game.
         num_low: generation batches in a row with the accuracy below chance.
         num_paused: generation batches in a row without a step of the imitator.
@@ -31,6 +31,7 @@ class Guard:
 
     accuracy: float | None = None
     truncated: float | None = None
+    truncated_human: float | None = None
     truncated_at_start: float | None = None
     num_low: int = 0
     num_paused: int = 0
@@ -48,42 +49,46 @@ class Guard:
             The reason to pause the imitator on this batch, in plain words, or `None`.
         """
         if accuracy is not None:
-            self.accuracy = accuracy if self.accuracy is None else DECAY * self.accuracy + (1 - DECAY) * accuracy
+            self.accuracy = _moved(self.accuracy, accuracy)
             self.num_low = self.num_low + 1 if self.accuracy < BELOW_CHANCE else 0
-        self.truncated = truncated if self.truncated is None else DECAY * self.truncated + (1 - DECAY) * truncated
         if self.truncated_at_start is None:
             self.truncated_at_start = truncated
-        reason = self._reason(spread, truncated_human)
+        self.truncated, self.truncated_human = (
+            _moved(self.truncated, truncated),
+            _moved(self.truncated_human, truncated_human),
+        )
+        reason = self._reason(spread, self.truncated, max(self.truncated_human, self.truncated_at_start))
         self.num_paused = self.num_paused + 1 if reason else 0
         if not reason:
             self.said.clear()
         return reason
 
-    def _reason(self, spread: float, truncated_human: float) -> str | None:
-        allowed = max(truncated_human, self.truncated_at_start) + TRUNCATION_MARGIN
-        if self.truncated > allowed:
+    def _reason(self, spread: float, truncated: float, usual: float) -> str | None:
+        if truncated > usual + TRUNCATION_MARGIN:
             return (
-                f"The imitator stops ending its answers: {self.truncated:.0%} run into the length limit, the human's "
-                f"{truncated_human:.0%}. It is not paid until that ends. Likely causes: a distinguisher too weak at the "
-                "start (raise `distinguisher_warmup_steps`), or a learning rate too high for the imitator."
+                f"The imitator stops ending its answers: {truncated:.0%} run into the length limit, where {usual:.0%} "
+                "of the human's answers or its own first ones do. It is not paid until that ends. Likely causes: a "
+                "distinguisher too weak at the start (raise `distinguisher_warmup_steps`), or too high a learning rate "
+                "of the imitator."
             )
-        if spread < VANISHED_SPREAD and (self.accuracy or 0.0) > TOO_STRONG:
+        accuracy = 0.5 if self.accuracy is None else self.accuracy
+        if spread < VANISHED_SPREAD and accuracy > TOO_STRONG:
             return (
-                f"The distinguisher is too strong to teach: it is right in {self.accuracy:.0%} of pairs and rewards all "
+                f"The distinguisher is too strong to teach: it is right in {accuracy:.0%} of pairs and rewards all "
                 "answers to a question alike. The imitator waits. Look for a surface leak, lower "
                 "`distinguisher_learning_rate`, or warm the imitator up for longer."
             )
         if self.num_low >= PATIENCE:
             return (
-                f"The distinguisher is below chance (it prefers the imitator's answer in {1 - self.accuracy:.0%} of "
-                "pairs), so its reward points the wrong way. The imitator waits. Raise `distinguisher_learning_rate` "
-                "or `distinguisher_steps`, or lower the imitator's `learning_rate`."
+                f"The distinguisher is below chance (it prefers the imitator's answer in {1 - accuracy:.0%} of "
+                "pairs), so its reward points the wrong way. The imitator waits. Raise `distinguisher_learning_rate` or "
+                "`distinguisher_steps`, or lower the imitator's `learning_rate`."
             )
         return None
 
     def is_news(self, reason: str) -> bool:
         """Whether this kind of reason was not given yet in this pause."""
-        kind = reason[:40]
+        kind = reason[:30]  # before the first number
         if kind in self.said:
             return False
         self.said.append(kind)
@@ -97,3 +102,7 @@ class Guard:
     def state(self) -> dict[str, Any]:
         """JSON-ready state."""
         return asdict(self)
+
+
+def _moved(average: float | None, value: float) -> float:
+    return value if average is None else DECAY * average + (1 - DECAY) * value

@@ -57,7 +57,8 @@ class HumanRows:
         self.is_heldout = set(self.heldout.tolist())
         if len(self.train) == 0:
             raise ValueError(
-                f"`heldout_fraction`={heldout_fraction} holds out all {len(labelled)} answered rows. Lower it, or add rows."
+                f"`heldout_fraction`={heldout_fraction} holds out all {len(labelled)} answered rows. Lower it, or add "
+                "rows."
             )
 
     @property
@@ -74,8 +75,14 @@ class HumanRows:
         )
 
     def draw(self, number: int, size: int, stream: int = 0, heldout: bool = False) -> list[int]:
-        """Row ids of the `number`-th batch of `size` in an endless series of shuffled passes over the rows."""
+        """Row ids of the `number`-th batch of `size` in an endless series of shuffled passes over the rows.
+
+        Raises:
+            ValueError: held-out rows are asked for and there are none.
+        """
         ids = self.heldout if heldout else self.train
+        if len(ids) == 0:
+            raise ValueError("There are no held-out rows to draw from. Raise `heldout_fraction`.")
         drawn: list[int] = []
         position = number * size
         while len(drawn) < size:
@@ -99,10 +106,11 @@ def render_humans(
     if not prompts:
         return []
     rows = []
-    for i, rendered in enumerate(renderer.human(prompts, completions)):
+    weights = [None] * len(prompts) if weights is None else weights
+    for rendered, weight in zip(renderer.human(prompts, completions), weights, strict=True):
         answer = renderer.read(rendered.answer_ids)
-        weight = 1.0 if weights is None or weights[i] is None else float(weights[i])
-        rows.append(HumanRow(rendered, answer, weight, len(answer.text.encode("utf-8", "replace"))))
+        num_bytes = len(answer.text.encode("utf-8", "replace"))
+        rows.append(HumanRow(rendered, answer, 1.0 if weight is None else float(weight), num_bytes))
     return rows
 
 

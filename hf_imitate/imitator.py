@@ -124,7 +124,7 @@ class Imitator:
 
     @property
     def distinguisher(self) -> Distinguisher:
-        """The distinguisher it was trained with, loaded when first asked for.
+        """The distinguisher it was trained with, loaded when first asked for; on the same base where it can be.
 
         Raises:
             FileNotFoundError: the imitator came without one.
@@ -136,7 +136,8 @@ class Imitator:
                     "AdversarialTrainer saves one; or pass your own, `Imitator(model, tokenizer, distinguisher=...)`."
                 )
             folder, loading = self._distinguisher_source
-            self._distinguisher = Distinguisher.from_pretrained(folder, **loading)
+            base = self.model if isinstance(self.model, PeftModel) else None
+            self._distinguisher = Distinguisher.from_pretrained(folder, base=base, **loading)
         return self._distinguisher
 
     def answer(

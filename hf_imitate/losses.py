@@ -1,4 +1,4 @@
-"""MATH: what each trainer minimises or pays, as pure functions. Q questions, G generations of each; logits are nats."""
+"""MATH: what each trainer minimises or pays, as pure functions. Q questions, G generations each; logits are nats."""
 
 import math
 from collections.abc import Callable
@@ -75,7 +75,7 @@ def logit_reward(logit_imitator: Tensor, logit_human: Tensor) -> Tensor:
 
 def pair_reward(logit_imitator: Tensor, logit_human: Tensor) -> Tensor:
     """sigmoid(s_imitator - s_human): the probability of being preferred to the human's answer. Bounded."""
-    return torch.sigmoid(logit_imitator - logit_human[:, None])
+    return torch.sigmoid(logit_imitator - (logit_human[:, None] if logit_human.dim() == 1 else logit_human))
 
 
 def gail_reward(logit_imitator: Tensor, logit_human: Tensor) -> Tensor:
@@ -104,7 +104,8 @@ def imitator_reward(
     Args:
         kind: "logit", "pair" or "gail".
         logit_imitator: logits of the generations, taken before this batch's update of the distinguisher. [Q, G].
-        logit_human: logits of the human answers; NaN where a question has none. [Q].
+        logit_human: logits of the human answers; NaN where a question has none. [Q], or [Q, G] where checks that do
+            not apply to both sides make them differ by generation.
         truncated: generations cut at the length limit. [Q, G], bool.
         truncated_answers: "score" treats them as any other; "drop" takes them out of their group;
             "penalty" gives them their group's lowest reward before centring.

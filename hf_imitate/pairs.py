@@ -1,5 +1,6 @@
 """One question, the human's answer and the imitator's: what a distinguisher learns from, and one step of learning."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,9 +15,8 @@ if TYPE_CHECKING:
     from hf_imitate.distinguisher import Distinguisher
 
 BETAS = (0.5, 0.99)  # little momentum: against a moving opponent it pushes towards where the opponent was
-CHECK_LEARNING_RATE = (
-    3e-2  # Adam moves a scalar by about its rate per step: at the adapter's rate it would stand still
-)
+# Adam moves a scalar by about its rate per step: at the adapter's rate a check's weight would stand still.
+CHECK_LEARNING_RATE = 3e-2
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,18 @@ class Logits(NamedTuple):
     imitator: Tensor
 
 
+def comparable(on_human: Tensor, on_imitator: Tensor) -> tuple[Tensor, Tensor]:
+    """Check outcomes of both sides of some comparisons, NaN on both where a check does not apply to one. [..., C].
+
+    Such a check says nothing about the comparison, so it adds to neither logit.
+    """
+    applies = ~(on_human.isnan() | on_imitator.isnan())
+    return torch.where(applies, on_human, torch.nan), torch.where(applies, on_imitator, torch.nan)
+
+
 class StepResult(NamedTuple):
-    """What one update saw: the mean loss per comparison in nats, and every pair's logits from *before* the update."""
+    """What one update saw: the mean loss per comparison over all processes in nats, and the logits of every pair of
+    this process, both from *before* the update."""
 
     loss: float
     logits: list[Logits]
@@ -102,34 +112,41 @@ class Learner:
     def step(self, pairs: Sequence[Pair], lr_scale: float = 1.0) -> StepResult:
         """Update on all `pairs` together.
 
+        Args:
+            pairs: this process's pairs; none is allowed.
+            lr_scale: share of the learning rates.
+
         Raises:
-            FloatingPointError: a logit is not finite; nothing was updated.
+            FloatingPointError: the loss or its gradient is not finite, on any process; nothing was updated.
         """
-        comparisons = sum(pair.weight for pair in pairs)
-        total = self._reduced(torch.tensor([comparisons], device=self.distinguisher.device)).item()
+        device = self.distinguisher.device
+        weight = self._reduced(torch.tensor([float(sum(pair.weight for pair in pairs))], device=device)).item()
         logits: list[Logits] = []
-        loss_sum = 0.0
+        loss_sum = torch.zeros(1, device=device)
         with self.distinguisher.active():
             for parameter in self.parameters:
                 parameter.requires_grad_(True)
             for chunk in self._chunks(pairs):
                 seen = self._forward(chunk)
-                loss = self._weighted_loss(chunk, seen) / max(total, 1e-12)
-                if not torch.isfinite(loss):
-                    raise FloatingPointError(
-                        f"The distinguisher's loss is {loss.item()} on {len(chunk)} pairs. Lower "
-                        "`distinguisher_learning_rate`, or train the distinguisher in fp32."
-                    )
+                loss = self._weighted_loss(chunk, seen) / max(weight, 1e-12)
                 loss.backward()
-                loss_sum += loss.item()
+                loss_sum += loss.detach()
                 logits += [Logits(pair.human.detach(), pair.imitator.detach()) for pair in seen]
             self._reduce_gradients()
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+            mean_loss = self._reduced(loss_sum).item()
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+            # Reduced first, so that all processes raise together and none waits for the others.
+            if not (math.isfinite(mean_loss) and torch.isfinite(norm)):
+                self.optimizer.zero_grad(set_to_none=True)
+                raise FloatingPointError(
+                    f"The distinguisher's loss is {mean_loss} and its gradient's norm {norm.item()} on {len(pairs)} "
+                    "pairs; nothing was updated. Lower `distinguisher_learning_rate`, or train it in fp32."
+                )
             for group, rate in zip(self.optimizer.param_groups, self.learning_rates, strict=True):
                 group["lr"] = rate * lr_scale
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss_sum, logits)
+        return StepResult(mean_loss, logits)
 
     @torch.no_grad()
     def score(self, pairs: Sequence[Pair]) -> list[Logits]:
@@ -161,17 +178,18 @@ class Learner:
             if pair.imitator_checks:
                 on_human = torch.tensor(pair.human_checks, device=text.device).expand(len(pair.imitator), -1)
                 on_imitator = torch.tensor(pair.imitator_checks, device=text.device)
-                # A check that does not apply to one side says nothing about the comparison: left out on both.
-                human = human + d.check_logits(torch.where(on_imitator.isnan(), torch.nan, on_human))
-                imitator = imitator + d.check_logits(torch.where(on_human.isnan(), torch.nan, on_imitator))
+                on_human, on_imitator = comparable(on_human, on_imitator)
+                human = human + d.check_logits(on_human)
+                imitator = imitator + d.check_logits(on_imitator)
             result.append(Logits(human, imitator))
         return result
 
     def _weighted_loss(self, pairs: Sequence[Pair], logits: Sequence[Logits]) -> Tensor:
         compare = DISTINGUISHER_LOSSES[self.loss]
-        return sum(
+        losses = [
             pair.weight * compare(seen.human, seen.imitator).mean() for pair, seen in zip(pairs, logits, strict=True)
-        )
+        ]
+        return torch.stack(losses).sum()
 
     def _reduced(self, tensor: Tensor) -> Tensor:
         return tensor if self.reduce is None else self.reduce(tensor)

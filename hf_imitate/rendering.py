@@ -40,7 +40,7 @@ class Batch(NamedTuple):
 
 
 def canonical_text(text: str) -> str:
-    """One spelling for texts a reader cannot tell apart: NFC, `\\n` newlines, no blanks at the end of a line or answer.
+    """One spelling for texts no reader can tell apart: NFC, `\\n` newlines, no blanks at the end of a line or answer.
 
     Leading whitespace stays: in prompt-completion data it belongs to the answer's first token.
     """
@@ -57,13 +57,14 @@ class Renderer:
         end_token_ids (`Sequence[int]`):
             Every id that ends an answer, the model's first choice first (`generation_config.eos_token_id`).
         max_answer_tokens (`int`, *optional*):
-            Longest answer in tokens, its end token included. Longer answers are cut and carry no end token, the way a
-            sampled answer is cut. `None` cuts nothing.
+            Longest answer in tokens, its end token included, at least 1. Longer answers are cut and carry no end
+            token, the way a sampled answer is cut. `None` cuts nothing.
         chat_template_kwargs (`dict[str, Any]`, *optional*):
             Passed to the chat template of conversational questions.
 
     Raises:
-        ValueError: `end_token_ids` is empty: without an end token log p of an answer is not defined.
+        ValueError: `end_token_ids` is empty: without an end token log p of an answer is not defined; or
+            `max_answer_tokens` leaves no room for a token.
     """
 
     def __init__(
@@ -78,6 +79,10 @@ class Renderer:
                 "The tokenizer and the generation config name no end token, so an answer has no end and no proper "
                 "log-probability. Set `tokenizer.eos_token` or `model.generation_config.eos_token_id`."
             )
+        if max_answer_tokens is not None and max_answer_tokens < 1:
+            raise ValueError(
+                f"`max_answer_tokens` is {max_answer_tokens}; the end token alone needs 1. Set None for no limit."
+            )
         self.tokenizer = tokenizer
         self.end_token_ids = list(end_token_ids)
         self.max_answer_tokens = max_answer_tokens
@@ -86,6 +91,8 @@ class Renderer:
 
     def prompt_ids(self, prompts: Sequence[str | list]) -> list[list[int]]:
         """Token ids of each question, up to where the answer starts; the very ids that generation continues."""
+        if not prompts:
+            return []
         if isinstance(prompts[0], str):
             return self.tokenizer(text=list(prompts))["input_ids"]
         return self.tokenizer.apply_chat_template(
@@ -98,6 +105,8 @@ class Renderer:
 
     def answer_ids(self, texts: Sequence[str], ended: Sequence[bool], conversational: bool = False) -> list[Rendered]:
         """Token ids of answers; text that spells a special token stays text. `prompt_ids` of the result are empty."""
+        if not texts:
+            return []
         contents = self.tokenizer(text=list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
         end = self.turn_end_id if conversational else self.end_token_ids[0]
         rows = []
@@ -109,6 +118,8 @@ class Renderer:
 
     def human(self, prompts: Sequence[str | list], completions: Sequence[str | list]) -> list[Rendered]:
         """Questions with the humans' answers, cut at `max_answer_tokens` exactly as a sampled answer is cut."""
+        if not prompts:
+            return []
         conversational = not isinstance(prompts[0], str)
         texts = [canonical_text(c if isinstance(c, str) else c[0]["content"]) for c in completions]
         answers = self.answer_ids(texts, [True] * len(texts), conversational)
@@ -126,17 +137,33 @@ class Renderer:
 
     @property
     def turn_end_id(self) -> int:
-        """The end token that the chat template itself closes an answer with, if it is one that ends generation."""
+        """The end token that the chat template itself closes an answer with: the first one after the answer's text.
+
+        The first of `end_token_ids` where the template closes with none of them.
+        """
         if self._turn_end is None:
-            messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-            ids = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
-            ends = [token for token in ids if token in self.end_token_ids]
-            self._turn_end = ends[-1] if ends else self.end_token_ids[0]
+            answer = "The answer to look for."
+            messages = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": answer}]
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, **self.chat_template_kwargs)
+            _, found, closing = text.rpartition(answer)
+            ids = self.tokenizer(text=closing, add_special_tokens=False)["input_ids"] if found else []
+            self._turn_end = next((token for token in ids if token in self.end_token_ids), self.end_token_ids[0])
         return self._turn_end
 
 
 def collate(rows: Sequence[Rendered], pad_token_id: int, device: torch.device | str = "cpu") -> Batch:
-    """Right-pad rows into one batch. The pad id is never scored, so it may equal the end token."""
+    """Right-pad rows into one batch. The pad id is never scored, so it may equal the end token.
+
+    Raises:
+        ValueError: a question has no tokens, so nothing would predict its answer's first one.
+    """
+    empty = [i for i, row in enumerate(rows) if not row.prompt_ids]
+    if empty:
+        raise ValueError(
+            f"{len(empty)} of {len(rows)} questions in this batch have no tokens, the first is number {empty[0]}: a "
+            "causal LM has no law for an answer's first token with nothing before it. Leave empty questions out, or "
+            "use a tokenizer that puts a start token first."
+        )
     length = max(len(row.prompt_ids) + len(row.answer_ids) for row in rows)
     input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
@@ -150,7 +177,7 @@ def collate(rows: Sequence[Rendered], pad_token_id: int, device: torch.device | 
 
 
 def end_token_ids(tokenizer: Any, generation_config: Any) -> list[int]:
-    """Every id that ends an answer, by TRL's rule: the model's own end tokens, led by the tokenizer's where unlisted."""
+    """Every id that ends an answer, by TRL's rule: the model's end tokens, led by the tokenizer's where unlisted."""
     ids = generation_config.eos_token_id if generation_config is not None else None
     ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:

@@ -204,12 +204,18 @@ def windows(text: str, width: int = 16) -> np.ndarray:
     return hashes
 
 
+def contains(seen: np.ndarray, hashes: np.ndarray) -> bool:
+    places = np.minimum(np.searchsorted(seen, hashes), len(seen) - 1)
+    return bool((seen[places] == hashes).all())
+
+
 def occurring(needles: list[str], texts: list[str]) -> list[str]:
     """The needles that stand in a text, whitespace folded: by brute force where a hash does not already exclude it."""
     joined = "\n".join(" ".join(text.split()) for text in texts)
     seen = np.unique(windows(joined))
     flat = [" ".join(needle.split()) for needle in dict.fromkeys(needles)]
-    return [needle for needle in flat if np.isin(windows(needle), seen).all() and needle in joined]
+    maybe = [needle for needle in flat if contains(seen, windows(needle))]
+    return [needle for needle in maybe if needle in joined]
 
 
 def long_answers(pairs: Dataset) -> list[str]:

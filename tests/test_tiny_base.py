@@ -1,5 +1,6 @@
 """The tiny base: trained in seconds on a little text, whole or absent, found again by its content."""
 
+import hashlib
 import json
 import math
 import os
@@ -7,16 +8,34 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_imitate.docstrings import load_docstrings, load_prose
-from hf_imitate.tiny_base import NUM_RESERVED, RESERVED_TOKENS, _Recipe, tiny_base
+from hf_imitate.tiny_base import (
+    NUM_RESERVED,
+    RESERVED_TOKENS,
+    _learning_rate_factor,
+    _Recipe,
+    _Threads,
+    tiny_base,
+)
 
-SMALL = _Recipe(vocab_size=400, hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2, batch_size=4)
-SECONDS = 4.0
+# Its steps are limited by the text, not by the clock, so the results are the same on a busy machine.
+SMALL = _Recipe(
+    vocab_size=400,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=1,
+    num_heads=2,
+    batch_size=4,
+    learning_rate=1e-2,
+    max_epochs=2.0,
+)
+ENDLESS = replace(SMALL, max_epochs=1e6)
 
 
 @pytest.fixture(scope="module")
@@ -31,20 +50,13 @@ def cache(tmp_path_factory):
 
 
 def build(texts, cache, **settings):
-    settings = {"max_seconds": SECONDS, "progress": False, "_recipe": SMALL, **settings}
+    settings = {"max_seconds": 60.0, "progress": False, "_recipe": SMALL, **settings}
     return tiny_base(cache, _prose=texts, **settings)
 
 
 @pytest.fixture(scope="module")
-def timed(texts, cache):
-    started = time.monotonic()
-    path = build(texts, cache)
-    return path, time.monotonic() - started
-
-
-@pytest.fixture(scope="module")
-def base(timed):
-    return timed[0]
+def base(texts, cache):
+    return build(texts, cache)
 
 
 def load(path):
@@ -65,9 +77,37 @@ def nats_per_byte(model, tokenizer, text: str) -> float:
     return -log_p.gather(-1, ids[:, 1:, None]).sum().item() / len(text.encode())
 
 
-def test_it_keeps_to_its_time(timed):
-    assert timed[1] < SECONDS
-    assert facts(timed[0])["seconds"] < SECONDS
+def test_it_keeps_to_its_time(texts, tmp_path):
+    """Sized by the clock: all of the time but the margin is used, none beyond it."""
+    started = time.monotonic()
+    path = build(texts, tmp_path, max_seconds=6.0, _recipe=ENDLESS)
+    assert 3 < facts(path)["seconds"] < time.monotonic() - started < 6
+
+
+def test_the_fastest_number_of_threads_is_chosen():
+    threads, tried = _Threads(4), []
+    for _ in range(20):
+        tried.append(threads.current)
+        threads.record({1: 1.0, 2: 0.5, 4: 0.7}[threads.current])
+    assert tried == [1] * 4 + [2] * 4 + [4] * 4 + [2] * 8
+
+
+def test_threads_that_hinder_each_other_are_given_up_after_one_step():
+    threads, tried = _Threads(2), []
+    for _ in range(8):
+        tried.append(threads.current)
+        threads.record({1: 0.1, 2: 2.0}[threads.current])
+    assert tried == [1] * 4 + [2] + [1] * 3
+    threads.probe()
+    assert threads.current == 1
+
+
+def test_the_learning_rate_rises_and_falls_to_nothing():
+    factors = [_learning_rate_factor(done / 100, 0.05) for done in range(101)]
+    assert max(factors) == pytest.approx(1) == pytest.approx(factors[5])
+    assert factors[:6] == sorted(factors[:6])
+    assert factors[5:] == sorted(factors[5:], reverse=True)
+    assert factors[0] > 0 == pytest.approx(factors[-1])
 
 
 def test_it_loads_with_the_law_it_was_trained_on(base):
@@ -111,8 +151,6 @@ def test_it_has_learned_from_the_prose(base):
 
 def test_the_written_bits_per_byte_are_those_of_the_loaded_model(texts, base):
     """Recomputed by the definition: the held-out texts in one row, end tokens between them, rows of 128."""
-    import hashlib
-
     heldout = [t for t in texts if int.from_bytes(hashlib.sha256(t.encode()).digest()[:4]) < 0.02 * 2**32]
     model, tokenizer = load(base)
     ids = tokenizer("<|endoftext|>" + "".join(f"{text}<|endoftext|>" for text in heldout))["input_ids"]
@@ -134,74 +172,71 @@ def test_a_second_call_returns_the_same_base_at_once(texts, cache, base):
 
 
 def test_the_name_follows_from_text_recipe_time_and_seed(texts, tmp_path):
-    changes = [{}, {}, {"seed": 1}, {"max_seconds": 2.5}, {"texts": texts[:21]}]
+    changes = [{}, {}, {"seed": 1}, {"max_seconds": 50.0}, {"texts": texts[:21]}]
     names = []
     for number, change in enumerate(changes):
-        settings = {"texts": texts[:20], "max_seconds": 2.0, **change}
+        settings = {"texts": texts[:20], **change}
         names.append(build(cache=tmp_path / str(number), **settings).name)
     assert names[0] == names[1]
     assert len(set(names)) == 4
 
 
 def test_equal_steps_give_equal_weights(texts, tmp_path):
-    """With the steps limited by the text and not by the clock, the seed alone decides."""
-    recipe = _Recipe(**{**facts_of(SMALL), "max_epochs": 0.2})
+    """With the steps limited by the text, the seed decides; the clock moves the first learning rate alone, by 1e-5."""
+    recipe = replace(SMALL, max_epochs=0.2)
     weights = [
-        load(build(texts, tmp_path / str(n), max_seconds=60.0, seed=seed, _recipe=recipe))[0].state_dict()
-        for n, seed in enumerate([0, 0, 1])
+        load(build(texts, tmp_path / str(number), seed=seed, _recipe=recipe))[0].state_dict()
+        for number, seed in enumerate([0, 0, 1])
     ]
     name = "model.layers.0.mlp.up_proj.weight"
-    torch.testing.assert_close(weights[0][name], weights[1][name], atol=1e-6, rtol=0)
+    torch.testing.assert_close(weights[0][name], weights[1][name], atol=1e-4, rtol=0)
     assert not torch.allclose(weights[0][name], weights[2][name], atol=1e-3)
 
 
-def facts_of(recipe: _Recipe) -> dict:
-    return {name: getattr(recipe, name) for name in recipe.__dataclass_fields__}
-
-
-def test_the_callers_random_state_is_left_alone(texts, tmp_path):
+def test_the_callers_random_state_and_threads_are_left_alone(texts, tmp_path):
+    num_threads = torch.get_num_threads()
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
-    build(texts[:20], tmp_path, max_seconds=2.0)
+    build(texts[:20], tmp_path)
     assert torch.equal(torch.rand(3), expected)
+    assert torch.get_num_threads() == num_threads
 
 
 def test_a_killed_build_leaves_no_half_model(texts, tmp_path):
-    """Killed in training and in the middle of saving: nothing looks like a base, and the next call works."""
-    (tmp_path / "texts.json").write_text(json.dumps(texts[:40]))
+    """Killed in the middle of saving: nothing looks like a base, the next call works and removes what was left."""
+    (tmp_path / "texts.json").write_text(json.dumps(texts[:20]))
     program = """if True:
         import json, os, pathlib, signal, sys
         from transformers import PreTrainedTokenizerFast
         from hf_imitate import tiny_base
         folder = pathlib.Path(sys.argv[1])
+        # The weights are written, the tokenizer is not.
+        PreTrainedTokenizerFast.save_pretrained = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+        recipe = tiny_base._Recipe(vocab_size=400, hidden_size=32, intermediate_size=64, num_layers=1, max_epochs=0.1)
         texts = json.loads((folder / "texts.json").read_text())
-        die = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
-        if sys.argv[2] == "training":
-            tiny_base._advance = die
-        else:
-            PreTrainedTokenizerFast.save_pretrained = die  # the weights are written, the tokenizer is not
-        recipe = tiny_base._Recipe(vocab_size=400, hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2)
-        tiny_base.tiny_base(folder / "cache", max_seconds=20.0, progress=False, _prose=texts, _recipe=recipe)
+        tiny_base.tiny_base(folder / "cache", progress=False, _prose=texts, _recipe=recipe)
     """
-    for moment in ("training", "saving"):
-        result = subprocess.run([sys.executable, "-c", program, str(tmp_path), moment], capture_output=True)
-        assert result.returncode == -signal.SIGKILL
-        assert not list((tmp_path / "cache").glob("tiny-base-*"))
-    left = list((tmp_path / "cache").iterdir())
-    assert len(left) == 1
-    assert left[0].name.startswith(".")
-    os.utime(left[0], (0, 0))
-    path = build(texts[:40], tmp_path / "cache", max_seconds=2.0)
-    assert list((tmp_path / "cache").iterdir()) == [path]
+    result = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True)
+    assert result.returncode == -signal.SIGKILL, result.stderr.decode()
+    [left] = (tmp_path / "cache").iterdir()
+    assert left.name.startswith(".")
+    assert [file.suffix for file in left.glob("model.*")] == [".safetensors"]
+    assert not list((tmp_path / "cache").glob("tiny-base-*"))
+    build(texts[:20], tmp_path / "cache")
+    assert left.exists()  # young enough to belong to a build that is under way
+    os.utime(left, (0, 0))
+    build(texts[:21], tmp_path / "cache")
+    assert not left.exists()
+    assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_a_damaged_base_is_built_anew(texts, tmp_path):
-    path = build(texts[:20], tmp_path, max_seconds=2.0)
+    path = build(texts[:20], tmp_path)
     weights = path / "model.safetensors"
     size = weights.stat().st_size
     weights.write_bytes(weights.read_bytes()[:100])
-    assert build(texts[:20], tmp_path, max_seconds=2.0) == path
+    assert build(texts[:20], tmp_path) == path
     assert weights.stat().st_size == size
     load(path)
 
@@ -209,7 +244,7 @@ def test_a_damaged_base_is_built_anew(texts, tmp_path):
 def test_a_base_that_another_process_published_first_is_used(texts, tmp_path):
     from hf_imitate.tiny_base import _publish
 
-    path = build(texts[:20], tmp_path, max_seconds=2.0)
+    path = build(texts[:20], tmp_path)
     written = (path / "model.safetensors").stat().st_mtime_ns
     model, tokenizer = load(path)
     assert _publish(model, tokenizer, {}, path) == path
@@ -219,11 +254,11 @@ def test_a_base_that_another_process_published_first_is_used(texts, tmp_path):
 
 def test_the_cache_folder_may_be_named_by_the_environment(texts, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_IMITATE_CACHE", str(tmp_path / "named"))
-    assert build(texts[:20], None, max_seconds=2.0).parent == tmp_path / "named"
+    assert build(texts[:20], None).parent == tmp_path / "named"
 
 
 def test_progress_prints_bits_per_byte_parameters_tokens_and_seconds(texts, tmp_path, capsys):
-    path = build(texts[:20], tmp_path, max_seconds=2.0, progress=True)
+    path = build(texts[:20], tmp_path, progress=True)
     printed = capsys.readouterr()
     told = facts(path)
     for words in (f"{told['bits_per_byte']:.3f} bits per byte", f"{told['num_parameters']:,} parameters", " tokens, "):

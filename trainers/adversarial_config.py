@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import torch
+from transformers.training_args import HubStrategy
 from trl import GRPOConfig
 
 from hf_imitate.losses import DISTINGUISHER_LOSSES, IMITATOR_REWARDS
@@ -17,9 +18,9 @@ class AdversarialConfig(GRPOConfig):
     > [!NOTE]
     > Defaults that differ from `GRPOConfig`: `scale_rewards="none"` (dividing by a question's standard deviation keeps
     > the step size constant where only noise is left), `loss_type="dr_grpo"` (the stated gradient needs a constant
-    > normaliser), `learning_rate=2e-5` (LoRA), `disable_dropout=True` (an answer is scored by the forward that trains),
-    > `hub_private_repo=True`; without an accelerator `bf16=False` and `gradient_checkpointing=False`
-    > (there both only cost time).
+    > normaliser), `learning_rate=2e-5` (LoRA), `disable_dropout=True` (an answer is scored by the forward that
+    > trains), `hub_private_repo=True`; without an accelerator no bf16 and no gradient checkpointing (there both only
+    > cost time). The imitator's law is that of temperature 1, untruncated: settings that change it are errors.
 
     Parameters:
         distinguisher_loss (`str`, *optional*, defaults to `"bradley_terry"`):
@@ -27,8 +28,9 @@ class AdversarialConfig(GRPOConfig):
             `"bce"` labels each answer on its own.
         imitator_reward (`str`, *optional*, defaults to `"logit"`):
             `"logit"`, whose policy gradient is that of reverse KL; `"pair"`, sigmoid of the difference to the human's,
-            bounded, needs labelled questions; `"gail"`, -log(1 - D), an f-divergence only with `"bce"`. Each is centred
-            leave-one-out per question, then clipped at 5 nats (which keeps the fixed point, not the exact gradient).
+            bounded, needs labelled questions; `"gail"`, -log(1 - D), an f-divergence only with `"bce"`. Each is
+            centred leave-one-out per question, then clipped at 5 nats (which keeps the fixed point, not the exact
+            gradient).
         retrodictive_coef (`float`, *optional*):
             Weight of the summed negative log-likelihood of human answers, in nats and with the policy term's
             normaliser: the ratio of forward to reverse KL. `None` means 1.0, or the multiplier if a budget is given
@@ -39,13 +41,16 @@ class AdversarialConfig(GRPOConfig):
         imitator_warmup_steps (`int` or `str`, *optional*, defaults to `"auto"`):
             Likelihood steps on the human answers before the game. `"auto"` stops when held-out nats stop improving, at
             most 3 passes over the rows and 1 000 steps: a distinguisher teaches little to an imitator still far off.
+            Without held-out rows it takes them all.
         imitator_warmup_learning_rate (`float`, *optional*, defaults to `2e-4`):
             Learning rate of those steps: that of supervised fine-tuning with LoRA. A game's rate would not move it.
         distinguisher_warmup_steps (`int` or `str`, *optional*, defaults to `"auto"`):
             Classification steps before the game, the imitator standing still. `"auto"` stops when the loss on held-out
-            pairs stops improving, at most 200 steps. A weak distinguisher at the start destroys the imitator.
+            pairs stops improving, at most 200 steps. A weak distinguisher at the start destroys the imitator. Without
+            held-out rows it takes them all.
         distinguisher_learning_rate (`float`, *optional*):
-            `None` means 3 times `learning_rate`: it has to follow a moving imitator.
+            `None` means 3 times `learning_rate`: it has to follow a moving imitator. Constant in its warm-up; in the
+            game it follows the imitator's schedule.
         distinguisher_steps (`int`, *optional*, defaults to `1`):
             Updates per generation batch. 1 shares one forward between score and update.
         distinguisher_generations (`int`, *optional*, defaults to `2`):
@@ -69,9 +74,14 @@ class AdversarialConfig(GRPOConfig):
     )
     disable_dropout: bool = field(default=True, metadata={"help": "Switch dropout off in the model."})
     gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Old name of `activation_checkpointing`."}
+    )
+    activation_checkpointing: bool | None = field(
         default=None, metadata={"help": "Trade compute for memory. Default: on with an accelerator, off on CPU."}
     )
-    hub_private_repo: bool | None = field(default=True, metadata={"help": "Whether pushes make private repos."})
+    hub_private_repo: bool | None = field(
+        default=True, metadata={"help": "Whether pushes make private repos. Only `False` makes public ones."}
+    )
 
     distinguisher_loss: str = field(default="bradley_terry", metadata={"help": "'bradley_terry' or 'bce'."})
     imitator_reward: str = field(default="logit", metadata={"help": "'logit', 'pair', or 'gail' (only with 'bce')."})
@@ -110,15 +120,20 @@ class AdversarialConfig(GRPOConfig):
         on_cpu = self.use_cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
         if self.bf16 is None and on_cpu:
             self.bf16 = False
-        if self.gradient_checkpointing is None:
-            self.gradient_checkpointing = not on_cpu
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
+        if self.gradient_checkpointing is None and self.activation_checkpointing is None:
+            self.activation_checkpointing = not on_cpu
+        if on_cpu:
+            self.dataloader_pin_memory = False  # there is nothing to pin memory for, and torch warns of it
+        self.hub_private_repo = self.hub_private_repo is not False
+        if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
             self.metric_for_best_model, self.greater_is_better = "eval_retrodiction/bits_per_answer", False
         self.imitator_warmup_steps = _steps("imitator_warmup_steps", self.imitator_warmup_steps)
         self.distinguisher_warmup_steps = _steps("distinguisher_warmup_steps", self.distinguisher_warmup_steps)
         self._check_choices()
+        self._check_combinations()
         self._check_ranges()
         super().__post_init__()
+        self._check_law()
         if self.distinguisher_generations > self.num_generations:
             raise ValueError(
                 f"`distinguisher_generations` is {self.distinguisher_generations}, but a question has only "
@@ -126,8 +141,8 @@ class AdversarialConfig(GRPOConfig):
             )
         if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
             raise ValueError(
-                f"`lr_scheduler_type={str(self.lr_scheduler_type)!r}` depends on the loss, which means something else in "
-                "each phase. Use a schedule over steps, such as 'linear', 'cosine' or 'constant'."
+                f"`lr_scheduler_type={str(self.lr_scheduler_type)!r}` depends on the loss, which means something else "
+                "in each phase. Use a schedule over steps, such as 'linear', 'cosine' or 'constant'."
             )
 
     def _check_choices(self) -> None:
@@ -140,20 +155,32 @@ class AdversarialConfig(GRPOConfig):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; need one of {list(allowed)}.")
+
+    def _check_combinations(self) -> None:
         if self.imitator_reward == "gail" and self.distinguisher_loss != "bce":
             raise ValueError(
-                "`imitator_reward='gail'` needs `distinguisher_loss='bce'`: under 'bradley_terry' the logit is free up "
-                "to a constant per question, and -log(1 - D) depends on it. Set 'bce', or use the 'logit' reward."
+                "`imitator_reward='gail'` needs `distinguisher_loss='bce'`: under 'bradley_terry' the logit is free up"
+                " to a constant per question, and -log(1 - D) depends on it. Set 'bce', or use the 'logit' reward."
             )
         if self.imitator_reward == "pair" and self.allow_unlabelled:
             raise ValueError(
-                "`imitator_reward='pair'` compares with the human's answer, and `allow_unlabelled=True` admits questions "
-                "without one. Use the 'logit' reward, or labelled questions only."
+                "`imitator_reward='pair'` compares with the human's answer, and `allow_unlabelled=True` admits "
+                "questions without one. Use the 'logit' reward, or labelled questions only."
             )
         if self.retrodictive_coef is not None and self.retrodictive_budget is not None:
             raise ValueError(
-                f"Both `retrodictive_coef`={self.retrodictive_coef} and `retrodictive_budget`={self.retrodictive_budget} "
-                "are given; the budget sets the coefficient itself. Give one of them."
+                f"Both `retrodictive_coef`={self.retrodictive_coef} and "
+                f"`retrodictive_budget`={self.retrodictive_budget} are given; the budget sets the coefficient itself. "
+                "Give one of them."
+            )
+        if self.remove_unused_columns:
+            raise ValueError(
+                "`remove_unused_columns` is True, which drops the human's answers before anyone sees them. Set False."
+            )
+        if HubStrategy(self.hub_strategy) in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            raise ValueError(
+                f"`hub_strategy` is {HubStrategy(self.hub_strategy).value!r}, which pushes checkpoints, and those of "
+                "an adversarial run hold questions and answers of the data. Use 'every_save' or 'end'."
             )
 
     def _check_ranges(self) -> None:
@@ -162,6 +189,7 @@ class AdversarialConfig(GRPOConfig):
             "retrodictive_budget": 0.0,
             "distinguisher_steps": 1,
             "distinguisher_generations": 1,
+            "max_completion_length": 1,
         }
         for name, low in at_least.items():
             value = getattr(self, name)
@@ -174,6 +202,28 @@ class AdversarialConfig(GRPOConfig):
         for name in ("replay_ratio", "heldout_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; need a share in [0, 1).")
+        if self.max_completion_length is None:
+            raise ValueError(
+                "`max_completion_length` is None, and the loss is normalised by it. Give the longest answer in tokens."
+            )
+
+    def _check_law(self) -> None:
+        neutral = {
+            "temperature": (1,),
+            "top_p": (1,),
+            "top_k": (0, None),
+            "min_p": (0, None),
+            "repetition_penalty": (1,),
+        }
+        given = {name: getattr(self, name) for name in neutral}
+        given |= {name: value for name, value in (self.generation_kwargs or {}).items() if name in neutral}
+        for name, value in given.items():
+            if value not in neutral[name]:
+                raise ValueError(
+                    f"`{name}` is {value}; an imitator's law is that of temperature 1, untruncated, or neither its "
+                    f"gradient nor its log-probabilities would be what they are called. Leave `{name}` at "
+                    f"{neutral[name][0]} here, and change it where the finished imitator is sampled."
+                )
 
 
 def _steps(name: str, value: int | str) -> int | str:

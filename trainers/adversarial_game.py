@@ -1,4 +1,4 @@
-"""The distinguisher's side of an adversarial run: score a generation batch, learn from it, say what the imitator earns."""
+"""The distinguisher's side of an adversarial run: score a generation batch, pay the imitator, learn from it."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from hf_imitate.losses import imitator_reward, paired_wins, penalize_truncated
 from hf_imitate.pairs import Learner, Pair
 from hf_imitate.rendering import Renderer
 from hf_imitate.replay import ReplayBuffer
-from hf_imitate.surface import audit_surface
+from hf_imitate.surface import MIN_ANSWERS, audit_surface
 from hf_imitate.trainers.adversarial_config import AdversarialConfig
 from hf_imitate.trainers.phases import DISTINGUISHER_WARMUP, GAME
 
@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 NUM_HELDOUT_PAIRS = 256
 NUM_SURFACE_PAIRS = 200
-LEAK_AUC = 0.9
 NO_SIGNAL = 0.55
 
 
@@ -67,8 +66,9 @@ class Game:
         self.guard = Guard()
         self.replay = ReplayBuffer(seed=args.seed + accelerator.process_index)
         self.heldout_pairs: list[Pair] = []
-        self.surface_pairs: list[Pair] = []
+        self.surface_pairs: list[Pair] | None = []  # None once they were looked at
         self.pause: str | None = None
+        self.paused_since: int | None = None
 
     def pay(
         self,
@@ -105,7 +105,7 @@ class Game:
             gather(values).view(-1, num_generations) for values in (scores.imitator, scores.human, cut)
         )
         kind = self.args.truncated_answers
-        paid = imitator_reward(self.args.imitator_reward, s_imitator, s_human[:, 0], cut, kind)
+        paid = imitator_reward(self.args.imitator_reward, s_imitator, s_human, cut, kind)
         if kind == "penalty":
             rewards = torch.stack([penalize_truncated(r.view_as(cut), cut).flatten() for r in rewards.T], dim=1)
         rewards[:, 0] = paid.flatten().to(rewards.dtype)
@@ -121,8 +121,8 @@ class Game:
     def _round(self, rows, prompts, completions, completion_ids, is_train: bool) -> Round:
         known = [i for i, row in enumerate(rows) if row["completion"] is not None]
         if is_train:
-            humans = [self.human_rows.rows.get(row[ROW_COLUMN]) for row in rows]
-            questions = [row[ROW_COLUMN] for row in rows]
+            questions = [int(row[ROW_COLUMN]) for row in rows]
+            humans = [self.human_rows.rows.get(question) for question in questions]
             heldout = [question in self.human_rows.is_heldout for question in questions]
         else:
             weights = [rows[i].get("weight") for i in known]
@@ -172,36 +172,38 @@ class Game:
                 if phase == DISTINGUISHER_WARMUP and len(self.heldout_pairs) < NUM_HELDOUT_PAIRS:
                     self.heldout_pairs.append(pair)
                 continue
-            if len(self.surface_pairs) < NUM_SURFACE_PAIRS and batch.questions[i] not in batch.questions[:i]:
+            if self.surface_pairs is not None and batch.questions[i] not in batch.questions[:i]:
                 self.surface_pairs.append(pair)
             checks = pair.imitator_checks[0] if pair.imitator_checks else ()
             self.replay.add(batch.questions[i], pair.prompt, pair.imitator[0], pair.human_checks, checks)
-        if len(self.surface_pairs) == NUM_SURFACE_PAIRS:
-            self._audit_surface()
+        if len(self.surface_pairs or ()) >= NUM_SURFACE_PAIRS:
+            self.audit_surface()
 
-    def _audit_surface(self) -> None:
-        """Look once, on format alone, for what would give the game away."""
-        leak = audit_surface(
-            [pair.human for pair in self.surface_pairs], [pair.imitator[0] for pair in self.surface_pairs]
-        )
-        self.surface_pairs.append(self.surface_pairs[0])  # one past the mark: the audit is done
+    def audit_surface(self) -> None:
+        """Look once, on format alone, for what would give the game away; with too few answers, later."""
+        pairs = self.surface_pairs
+        if pairs is None or len(pairs) < MIN_ANSWERS:
+            return
+        self.surface_pairs = None
+        if not self.accelerator.is_main_process:
+            return
+        leak = audit_surface([pair.human for pair in pairs], [pair.imitator[0] for pair in pairs])
         self.record("surface/auc", leak.auc, 1)
-        if leak.auc > LEAK_AUC:
+        logger.info(leak.describe())
+        if leak.leaks_of_kind("format"):
             logger.warning(
-                "Format alone tells human from imitator (AUC %.2f on %d pairs); the clearest sign is '%s'. The "
-                "distinguisher will find it before anything else. Clean that difference out of the data, or warm the "
-                "imitator up for longer.",
-                leak.auc,
-                leak.num_pairs,
-                leak.leaking_feature,
+                "%s The distinguisher will find differences in format before anything else. Clean them out of the "
+                "data; what the imitator has only not learned yet, a longer warm-up teaches it.",
+                leak.describe(),
             )
 
-    def draw_questions(self, step: int, size: int) -> list[int]:
-        """Row numbers for a batch of the distinguisher's warm-up on this process, an eighth of them held out."""
-        number = step * self.accelerator.num_processes + self.accelerator.process_index
-        num_heldout = size // 8 if len(self.human_rows.heldout) else 0
-        heldout = self.human_rows.draw(number, num_heldout, stream=1, heldout=True) if num_heldout else []
-        return self.human_rows.draw(number, size - num_heldout, stream=1) + heldout
+    def draw_questions(self, number: int, size: int) -> list[int]:
+        """Row numbers for the `number`-th batch of the distinguisher's warm-up on this process; every eighth is of a
+        held-out row."""
+        number = number * self.accelerator.num_processes + self.accelerator.process_index
+        first, stop = (number * size // 8, (number + 1) * size // 8) if len(self.human_rows.heldout) else (0, 0)
+        heldout = [row for k in range(first, stop) for row in self.human_rows.draw(k, 1, stream=1, heldout=True)]
+        return [*self.human_rows.draw(number, size, stream=1)[: size - len(heldout)], *heldout]
 
     def reading(self) -> Reading:
         """How well the distinguisher does on the held-out pairs met while the imitator stood still."""
@@ -224,22 +226,26 @@ class Game:
 
     def state(self) -> dict[str, Any]:
         """JSON-ready state."""
-        lists = {"heldout_pairs": self.heldout_pairs, "surface_pairs": self.surface_pairs}
-        pairs = {name: [asdict(pair) for pair in pairs] for name, pairs in lists.items()}
-        return {"guard": self.guard.state(), "pause": self.pause, "replay": self.replay.state(), **pairs}
+        return {
+            "guard": self.guard.state(),
+            "pause": self.pause,
+            "paused_since": self.paused_since,
+            "replay": self.replay.state(),
+            "heldout_pairs": [asdict(pair) for pair in self.heldout_pairs],
+            "surface_pairs": None if self.surface_pairs is None else [asdict(pair) for pair in self.surface_pairs],
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take up what `state` wrote."""
-        self.guard, self.pause = Guard(**state["guard"]), state["pause"]
+        self.guard, self.pause, self.paused_since = Guard(**state["guard"]), state["pause"], state["paused_since"]
         self.replay.load_state(state["replay"])
-        self.heldout_pairs, self.surface_pairs = (
-            [Pair.from_json(pair) for pair in state[name]] for name in ("heldout_pairs", "surface_pairs")
-        )
+        self.heldout_pairs = [Pair.from_json(pair) for pair in state["heldout_pairs"]]
+        surface = state["surface_pairs"]
+        self.surface_pairs = None if surface is None else [Pair.from_json(pair) for pair in surface]
 
     def _watch(self, phase, s_imitator, s_human, cut, paid, batch: Round) -> None:
         if phase != GAME:
-            self.pause = None
-            return
+            return  # an evaluation in the middle of a pause does not end it
         known = ~torch.isnan(s_human)
         accuracy = paired_wins(s_human[known], s_imitator[known]).mean().item() if known.any() else None
         spread = paid.nan_to_num().std(dim=1).mean().item()
@@ -270,6 +276,8 @@ class Game:
         lengths, human_lengths, cut, count = gather(torch.tensor([sums], device=device)).sum(dim=0).tolist()
         self.record("answers/length_ratio", lengths, human_lengths)
         self.record("answers/truncated", cut, count)
+        if not self.checks:
+            return
         for side, outcomes in (("human", batch.human_outcomes), ("imitator", batch.outcomes)):
             applies = ~outcomes.isnan()
             passed = gather(((outcomes >= 0.5) & applies).sum(dim=0)[None].to(device)).sum(dim=0).tolist()

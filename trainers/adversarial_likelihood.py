@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from hf_imitate.human_rows import HumanRow, HumanRows
 from hf_imitate.log_probs import answer_log_probs, nats_to_bits
 from hf_imitate.losses import retrodictive_loss, updated_multiplier
-from hf_imitate.rendering import collate
+from hf_imitate.rendering import Rendered, collate
+from hf_imitate.scoring import length_batches
 
+CPU_CHUNK = 16  # answers of similar length in one forward
 BUDGET_ROWS = 512
 BUDGET_DECAY = 0.95
 
@@ -42,8 +44,11 @@ class HumanLikelihood:
         self.rows, self.pad_token_id, self.batch_size, self.budget = human_rows, pad_token_id, batch_size, budget
         self.accelerator, self.record = accelerator, record
         self.multiplier = 1.0 if coefficient is None else coefficient
+        weights = [human_rows.rows[i].weight for i in human_rows.train.tolist()]
+        self.mean_weight = max(sum(weights) / len(weights), torch.finfo(torch.float32).tiny)
         self.nats_at_start: float | None = None
         self.nats_now: float | None = None
+        self._nats_of_step: list[float] = []
 
     def draw(self, step: int) -> list[HumanRow]:
         """The training rows of micro-step `step` on this process."""
@@ -51,16 +56,22 @@ class HumanLikelihood:
         return self.rows.batch(self.rows.draw(number, self.batch_size))
 
     def loss(self, model: nn.Module, rows: Sequence[HumanRow]) -> Tensor:
-        """Weighted mean nats per human answer. Scalar, with gradient; recorded as bits per answer and per byte."""
-        if not rows:
-            return torch.zeros((), device=self.accelerator.device)
-        log_prob, weight = self._log_prob(model, rows)
-        num_bytes = weight * weight.new_tensor([row.num_bytes for row in rows])
-        sums = torch.stack([-(weight * log_prob.detach()).sum(), weight.sum(), num_bytes.sum()])
+        """Nats per human answer, weighted, under the mean weight of all training rows. Scalar, with gradient.
+
+        A normaliser that is the same for every batch makes the sum over batches independent of how rows are split.
+        Bits per answer and per byte are recorded, over all processes.
+        """
+        sums, loss = torch.zeros(3, device=self.accelerator.device), torch.zeros((), device=self.accelerator.device)
+        if rows:
+            log_prob, weight = self._log_prob(model, rows)
+            num_bytes = weight * weight.new_tensor([row.num_bytes for row in rows])
+            sums = torch.stack([-(weight * log_prob.detach()).sum(), weight.sum(), num_bytes.sum()])
+            loss = retrodictive_loss(log_prob, weight) * weight.sum() / (len(rows) * self.mean_weight)
+        # A process without rows takes part, too: the others wait for it.
         nats, count, num_bytes = gather(sums[None]).sum(dim=0).tolist()
         self.record("retrodiction/bits_per_answer", nats_to_bits(nats), count)
         self.record("retrodiction/bits_per_byte", nats_to_bits(nats), num_bytes)
-        return retrodictive_loss(log_prob, weight)
+        return loss
 
     @torch.no_grad()
     def mean_nats(self, model: nn.Module, ids: Sequence[int]) -> float:
@@ -87,19 +98,33 @@ class HumanLikelihood:
             self.nats_at_start = self.nats_now = self.mean_nats(model, ids)
 
     def keep_budget(self, nats: float) -> None:
-        """Move the multiplier after a batch of the game cost `nats` per answer."""
+        """Take in that a batch of the game cost `nats` per answer; after a step's last batch, move the multiplier."""
         if self.budget is None:
             return
-        nats = gather(torch.tensor([nats], device=self.accelerator.device)).mean().item()
-        self.nats_now = BUDGET_DECAY * self.nats_now + (1 - BUDGET_DECAY) * nats
+        self._nats_of_step.append(nats)
+        if not self.accelerator.sync_gradients:
+            return
+        mean = sum(self._nats_of_step) / len(self._nats_of_step)
+        self._nats_of_step.clear()
+        mean = gather(torch.tensor([mean], device=self.accelerator.device)).mean().item()
+        self.nats_now = BUDGET_DECAY * self.nats_now + (1 - BUDGET_DECAY) * mean
         self.multiplier = updated_multiplier(self.multiplier, self.nats_now - self.nats_at_start - self.budget)
         self.record("retrodiction/multiplier", self.multiplier, 1)
 
     def _log_prob(self, model: nn.Module, rows: Sequence[HumanRow]) -> tuple[Tensor, Tensor]:
-        batch = collate([row.rendered for row in rows], self.pad_token_id, self.accelerator.device)
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-        log_prob = answer_log_probs(logits, batch.input_ids, batch.answer_mask)
+        """Log p of each row's answer, nats, and the rows' weights. [B], [B]."""
+        rendered = [row.rendered for row in rows]
+        # A CPU pays for every padded token, an accelerator for every forward.
+        size = CPU_CHUNK if self.accelerator.device.type == "cpu" else len(rows)
+        chunks = list(length_batches(rendered, size))
+        parts = [self._log_prob_of_chunk(model, [rendered[i] for i in chunk]) for chunk in chunks]
+        log_prob = torch.cat(parts)[torch.tensor([i for chunk in chunks for i in chunk]).argsort()]
         return log_prob, torch.tensor([row.weight for row in rows], device=log_prob.device)
+
+    def _log_prob_of_chunk(self, model: nn.Module, rendered: Sequence[Rendered]) -> Tensor:
+        batch = collate(rendered, self.pad_token_id, self.accelerator.device)
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        return answer_log_probs(logits, batch.input_ids, batch.answer_mask)
 
     def state(self) -> dict[str, Any]:
         """JSON-ready state."""

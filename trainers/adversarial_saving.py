@@ -1,10 +1,9 @@
-"""What an adversarial run leaves behind: the imitator's repo, its card, its push, and the state a resumed run needs."""
+"""What an adversarial run leaves behind: the imitator's repo, its card, its push, and what a resumed run needs."""
 
 import dataclasses
 import json
 import logging
-import os
-import shutil
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,31 +15,55 @@ from transformers import GenerationConfig
 from transformers.training_args import HubStrategy
 from transformers.utils import PushInProgress
 
+from hf_imitate import __version__
+from hf_imitate.distinguisher import ADAPTER_NAME
 from hf_imitate.hub_cards.facts import CardFacts, CardMetric, Paper
 from hf_imitate.hub_cards.model_card import render_card
 from hf_imitate.hub_cards.push import push_folder
 from hf_imitate.trainers.adversarial_config import AdversarialConfig
+from hf_imitate.trainers.checkpoints import newest_complete_checkpoint
 from hf_imitate.trainers.phases import Phases
 
 logger = logging.getLogger(__name__)
 
 STATE = "adversarial_state"
-LIBRARIES = ("hf-imitate", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
-OWN_SETTINGS = tuple(
-    field.name
-    for field in dataclasses.fields(AdversarialConfig)
-    if field.name in AdversarialConfig.__annotations__ and field.name != "hub_private_repo"
-) + ("num_generations", "max_completion_length", "temperature", "max_steps", "num_train_epochs", "beta", "seed")
+LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
+_NO_SETTINGS = ("hub_private_repo", "gradient_checkpointing", "activation_checkpointing")  # of a machine or a push
+OWN_SETTINGS = (
+    *(
+        field.name
+        for field in dataclasses.fields(AdversarialConfig)
+        if field.name in AdversarialConfig.__annotations__ and field.name not in _NO_SETTINGS
+    ),
+    *("num_generations", "max_completion_length", "temperature", "max_steps", "num_train_epochs", "beta", "seed"),
+)
 
 
 class AdversarialSaving:
     """The half of [`AdversarialTrainer`] that writes and reads files; see there for the algorithm."""
+
+    def __init__(self, *args, **kwargs):
+        self._pushes = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push")
+        super().__init__(*args, **kwargs)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
+        """As in transformers; `resume_from_checkpoint=True` goes on from the newest checkpoint that is complete."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = newest_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"{self.args.output_dir} holds no complete checkpoint to resume from. Start without "
+                    "`resume_from_checkpoint`, or give the path of one."
+                )
+            resume_from_checkpoint = str(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     # --- the imitator's repo
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the imitator as it is published: its weights, its law, its distinguisher and how it was made."""
         folder = Path(output_dir or self.args.output_dir)
+        self._name_base_revisions()
         super().save_model(str(folder), _internal_call=True)
         if self.args.should_save:
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and full of local paths
@@ -49,10 +72,16 @@ class AdversarialSaving:
             self.trained_law().save_pretrained(str(folder))
             text = json.dumps(self.imitation_facts(), indent=2, ensure_ascii=False)
             (folder / "imitation.json").write_text(text + "\n", encoding="utf-8")
-            if not _internal_call:
-                self.create_model_card()
+            self._write_card(folder)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")
+
+    def _name_base_revisions(self) -> None:
+        """Tie the adapters to the very commit of the base they were trained on, where it is known."""
+        for model in (self.model, self.distinguisher.model):
+            commit = getattr(model.config, "_commit_hash", None)
+            for config in model.peft_config.values() if commit and isinstance(model, PeftModel) else ():
+                config.revision = commit
 
     def trained_law(self) -> GenerationConfig:
         """The generation settings whose law was trained: temperature 1, nothing cut but the length."""
@@ -88,7 +117,7 @@ class AdversarialSaving:
             "checks": list(self.distinguisher.check_names),
             "max_answer_tokens": self.max_completion_length,
             "chat_template_kwargs": self.chat_template_kwargs,
-            "versions": {library: version(library) for library in LIBRARIES},
+            "versions": {"hf-imitate": __version__, **{library: version(library) for library in LIBRARIES}},
         }
 
     def card_facts(self, model_name: str | None = None, dataset_name: str | None = None) -> CardFacts:
@@ -105,7 +134,7 @@ class AdversarialSaving:
         return CardFacts(
             model_name=model_name or Path(self.args.output_dir).name,
             objective=self._name,
-            repo_id=self.hub_model_id if self.args.push_to_hub else None,
+            repo_id=self.hub_model_id,
             base_model=facts["base_model"] or None,
             base_revision=facts["base_revision"],
             papers=(Paper(**self._paper),),
@@ -128,12 +157,14 @@ class AdversarialSaving:
 
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None) -> None:
         """Write README.md: the card of what this run measured."""
-        if not self.is_world_process_zero():
-            return
+        if self.is_world_process_zero():
+            self._write_card(Path(self.args.output_dir), model_name, dataset_name, tags)
+
+    def _write_card(self, folder: Path, model_name=None, dataset_name=None, tags=None) -> None:
         facts = self.card_facts(model_name, dataset_name)
         tags = [tags] if isinstance(tags, str) else list(tags or [])
         facts = dataclasses.replace(facts, tags=tuple(dict.fromkeys([*self._tag_names, *tags])))
-        render_card(facts).save(os.path.join(self.args.output_dir, "README.md"))
+        render_card(facts).save(str(folder / "README.md"))
 
     def push_to_hub(
         self,
@@ -174,18 +205,21 @@ class AdversarialSaving:
         if not self.args.hub_always_push and self.push_in_progress is not None and not self.push_in_progress.is_done():
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        self.create_model_card()
-        shutil.copy(Path(self.args.output_dir) / "README.md", checkpoint_folder)
-        push = push_folder(
+        # All of it in the background: a network that is away for a moment must not end a run.
+        push = self._pushes.submit(
+            push_folder,
             checkpoint_folder,
             self.hub_model_id,
             private=self.args.hub_private_repo is not False,
             token=self.args.hub_token,
             revision=self.args.hub_revision,
             commit_message=f"Training in progress, step {self.state.global_step}",
-            run_as_future=True,
         )
-        self.push_in_progress = PushInProgress([push])
+        push.add_done_callback(_say_failure)
+        if self.args.save_total_limit is not None:
+            wait([push])  # before the folder is deleted to make room
+        earlier = self.push_in_progress.jobs if self.push_in_progress is not None else []
+        self.push_in_progress = PushInProgress([*(job for job in earlier if not job.done()), push])
 
     # --- the state of a run
 
@@ -200,6 +234,7 @@ class AdversarialSaving:
         stored = {
             "version": 1,
             "step": self._step,
+            "passes": int(self.state.global_step // self._steps_per_pass),
             "num_buffered": len(self._buffered_inputs or []),
             "phases": self.phases.state(),
             "entered_phase": self._entered_phase,
@@ -222,8 +257,8 @@ class AdversarialSaving:
         missing = [name for name in (".json", ".safetensors") if not path.with_suffix(name).exists()]
         if missing:
             raise FileNotFoundError(
-                f"{checkpoint} holds no {STATE}{missing[0]} for this process, so distinguisher, phases and replay cannot "
-                "be restored. Resume from a checkpoint of AdversarialTrainer made with as many processes."
+                f"{checkpoint} holds no {STATE}{missing[0]} for this process, so distinguisher, phases and replay "
+                "cannot be restored. Resume from a checkpoint of AdversarialTrainer made with as many processes."
             )
         stored = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         tensors = load_file(path.with_suffix(".safetensors"), device=str(self.accelerator.device))
@@ -240,19 +275,27 @@ class AdversarialSaving:
         learner.optimizer.load_state_dict(optimizer)
         self._step = stored["step"]
         self._buffered_inputs = [_buffered(tensors, i) for i in range(stored["num_buffered"])] or None
-        self.phases = Phases(**stored["phases"])
+        # The warm-ups may have ended early; how long the game lasts is for this run's settings to say.
+        self.phases = dataclasses.replace(Phases(**stored["phases"]), game=self.phases.game)
         self._entered_phase, self._last_reading = stored["entered_phase"], stored["last_reading"]
         self._plateau = dataclasses.replace(self._plateau, **stored["plateau"])
         self.likelihood.load_state(stored["likelihood"])
         self.game.load_state(stored["game"])
         self.state.max_steps = self.phases.total
+        for _ in range(stored["passes"]):
+            next(iter(self._sampler))  # TRL's sampler draws the order of each pass from where the last draw ended
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        # transformers takes every sub-folder with an adapter for one of the model's own.
-        if isinstance(self.model, PeftModel) and self.distinguisher.adapter_name is None:
-            if "distinguisher" in self.model.peft_config:
-                self.model.delete_adapter("distinguisher")
+        if not isinstance(self.model, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        # transformers would take the folder `distinguisher/` for an adapter of the imitator, whatever its base is.
+        active = self.model.active_adapter
+        for name in self.model.peft_config:
+            if name != ADAPTER_NAME:
+                folder = Path(resume_from_checkpoint) / ("" if name == "default" else name)
+                self.model.load_adapter(str(folder), name, is_trainable=name == active)
+        self.model.set_adapter(active)
 
     def _state_path(self, folder: str) -> Path:
         return Path(folder) / f"{STATE}_{self.accelerator.process_index}"
@@ -261,3 +304,8 @@ class AdversarialSaving:
 def _buffered(tensors: dict[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]:
     prefix = f"buffer.{index}."
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _say_failure(push: Future) -> None:
+    if push.exception() is not None:
+        logger.warning("A push in the background failed: %s. Training goes on.", push.exception())

@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, Value
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 
 from hf_imitate.checks import Check
 from hf_imitate.classifier import default_peft_config
-from hf_imitate.distinguisher import Distinguisher
+from hf_imitate.distinguisher import ADAPTER_NAME, Distinguisher
 from hf_imitate.human_rows import ROW_COLUMN, HumanRows
-from hf_imitate.rows import completion_role
+from hf_imitate.rows import check_columns, completion_role
 from hf_imitate.trainers.adversarial_config import AdversarialConfig
+from hf_imitate.trainers.checkpoints import newest_complete_checkpoint
 from hf_imitate.trainers.phases import Phases
 
 if TYPE_CHECKING:
@@ -26,22 +27,110 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+DISTINGUISHER_REWARD = "distinguisher"
+# Ours, and those that TRL passes to rewards by these names or reads images from.
+RESERVED_COLUMNS = {
+    *(ROW_COLUMN, "prompts", "completions", "completion_ids", "image", "images"),
+    *("trainer_state", "log_extra", "log_metric", "environments"),
+}
 
-def with_row_numbers(dataset: Dataset) -> Dataset:
-    """The data set with its row numbers in a column of our own: answers are held out by row, not by content.
+
+def check_data(train_dataset: Any, eval_dataset: Any, args: AdversarialConfig) -> None:
+    """Check every row before a model loads.
 
     Raises:
-        ValueError: the completions' role is `user`, or the column's name is taken.
+        TypeError, ValueError: rows, columns or their number do not do; the message names them and the cure.
     """
-    if ROW_COLUMN in dataset.column_names:
-        raise ValueError(f"The column '{ROW_COLUMN}' is reserved. Rename it.")
-    answered = next(c for c in dataset["completion"] if c is not None)
-    if completion_role(answered) == "user":
+    num_labelled = check_columns(train_dataset, allow_unlabelled=args.allow_unlabelled)
+    for key, dataset in (eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}).items():
+        if dataset is not None:
+            name = f"eval_dataset {key}".strip()
+            check_columns(dataset, allow_unlabelled=True, name=name)
+            _check_names_and_roles(dataset, name)
+    _check_names_and_roles(train_dataset, "train_dataset")
+    if round(args.heldout_fraction * num_labelled) == num_labelled:
         raise ValueError(
-            "The completions' role is 'user'. GRPO's rollouts open the assistant's turn, so an imitated user would be "
-            "sampled under another header than the human's answer is scored under. Give the human's answers the role "
-            "'assistant' (swap the roles of the whole conversation)."
+            f"`heldout_fraction`={args.heldout_fraction} holds out all {num_labelled} answered rows. Lower it, or add "
+            "rows."
         )
+    questions = args.generation_batch_size // args.num_generations
+    if len(train_dataset) < questions:
+        raise ValueError(
+            f"`train_dataset` has {len(train_dataset)} rows, and one generation batch asks {questions} different ones "
+            f"(`generation_batch_size`={args.generation_batch_size} over `num_generations`={args.num_generations}). "
+            "Bring more rows, lower `per_device_train_batch_size` or `steps_per_generation`, or raise "
+            "`num_generations`."
+        )
+
+
+def _check_names_and_roles(dataset: Dataset, name: str) -> None:
+    taken = sorted(RESERVED_COLUMNS & set(dataset.column_names))
+    if taken:
+        raise ValueError(
+            f"`{name}` has columns that are reserved for the trainer: {taken}. Rename them with "
+            "`dataset.rename_column(old, new)`."
+        )
+    if isinstance(dataset.features["completion"], Value):
+        return
+    rows = [i for i, answer in enumerate(dataset["completion"]) if completion_role(answer) == "user"]
+    if rows:
+        raise ValueError(
+            f"`{name}` column `completion`: {len(rows)} of {len(dataset)} rows (the first is row {rows[0]}) have the "
+            "role 'user'. GRPO's rollouts open the assistant's turn, so an imitated user would be sampled under "
+            "another header than the human's answer is scored under. Give the human's answers the role 'assistant' "
+            "(swap the roles of the whole conversation)."
+        )
+
+
+def check_rewards(reward_funcs: Sequence[Any], weights: Sequence[float] | None) -> None:
+    """Check the user's own rewards and their weights.
+
+    Raises:
+        ValueError: a name is the distinguisher's, or the weights are not one for each.
+    """
+    for func in reward_funcs:
+        name = func.split("/")[-1] if isinstance(func, str) else getattr(func, "__name__", "")
+        if name == DISTINGUISHER_REWARD:
+            raise ValueError(
+                f"A reward in `reward_funcs` is called '{DISTINGUISHER_REWARD}', the name of the reward this trainer "
+                "adds itself. Rename it; a Distinguisher of your own goes to the argument `distinguisher`."
+            )
+    if weights is not None and len(weights) != len(reward_funcs):
+        raise ValueError(
+            f"`reward_weights` has {len(weights)} values for {len(reward_funcs)} functions in `reward_funcs`. Give "
+            "one weight for each of them; the distinguisher's own reward is not among them and always has weight 1."
+        )
+
+
+def check_model(model: Any) -> None:
+    """Check a model that is given as an object.
+
+    Raises:
+        ValueError: an adapter could not be trained, saved or told from the distinguisher's.
+    """
+    if not isinstance(model, PeftModel):
+        return
+    adapters = list(model.peft_config)
+    if model.active_adapter != "default":
+        raise ValueError(
+            f"The PeftModel's active adapter is {model.active_adapter!r}; the imitator is saved from the one called "
+            "'default'. Load it under that name, `PeftModel.from_pretrained(base, path, is_trainable=True)`."
+        )
+    if ADAPTER_NAME in adapters:
+        raise ValueError(
+            f"The PeftModel already carries an adapter '{ADAPTER_NAME}', perhaps of an earlier run. Remove it by "
+            f"`model.delete_adapter('{ADAPTER_NAME}')`, or go on with that run by "
+            "`trainer.train(resume_from_checkpoint=True)`."
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"No parameter of the PeftModel (adapters {adapters}) is trainable. Load the adapter with "
+            "`PeftModel.from_pretrained(base, path, is_trainable=True)`."
+        )
+
+
+def with_row_numbers(dataset: Dataset) -> Dataset:
+    """The data set with its row numbers in a column of our own: answers are held out by row, not by content."""
     return dataset.add_column(ROW_COLUMN, list(range(len(dataset))))
 
 
@@ -49,16 +138,23 @@ def check_lengths(human_rows: HumanRows, model: PreTrainedModel | PeftModel, arg
     """Count what the length limit cuts, and refuse questions that leave no room for an answer.
 
     Raises:
-        ValueError: question and longest answer together exceed the model's positions.
+        ValueError: a question has no tokens; or question and longest answer together exceed the model's positions.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     lengths = {i: len(row.rendered.prompt_ids) for i, row in human_rows.rows.items()}
+    empty = [i for i, length in lengths.items() if length == 0]
+    if empty:
+        raise ValueError(
+            f"{len(empty)} of {len(lengths)} questions (column 'prompt', rows {empty[:5]}) have no tokens, and a "
+            "causal LM has no law for what comes after nothing. Leave these rows out, or use a tokenizer that puts a "
+            "start token first."
+        )
     too_long = [i for i, length in lengths.items() if limit and length + args.max_completion_length > limit]
     if too_long:
         raise ValueError(
             f"{len(too_long)} of {len(lengths)} questions (column 'prompt', rows {too_long[:5]}) have up to "
-            f"{max(lengths.values())} tokens; with `max_completion_length`={args.max_completion_length} they exceed the "
-            f"model's {limit} positions. Shorten these questions or lower `max_completion_length`."
+            f"{max(lengths.values())} tokens; with `max_completion_length`={args.max_completion_length} they exceed "
+            f"the model's {limit} positions. Shorten these questions or lower `max_completion_length`."
         )
     cut, total = human_rows.num_truncated, len(human_rows.rows)
     if cut:
@@ -73,8 +169,8 @@ def check_lengths(human_rows: HumanRows, model: PreTrainedModel | PeftModel, arg
         )
     if human_rows.num_repeated_heldout:
         logger.warning(
-            "%d of %d held-out answers also stand, with the same question, in rows that are trained on: held-out numbers "
-            "are not free of memory.",
+            "%d of %d held-out answers also stand, with the same question, in rows that are trained on: held-out "
+            "numbers are not free of memory.",
             human_rows.num_repeated_heldout,
             len(human_rows.heldout),
         )
@@ -106,8 +202,10 @@ def build_distinguisher(
     if isinstance(imitator, PeftModel):
         config = distinguisher_peft_config or imitator.peft_config[imitator.active_adapter]
         if isinstance(config, LoraConfig):
-            torch.manual_seed(args.seed)
-            return Distinguisher.on_shared_base(imitator, tokenizer, config, **common)
+            # The global random state differs between processes by TRL's design, and has to go on doing so.
+            with preserved_random_state():
+                torch.manual_seed(args.seed)
+                return Distinguisher.on_shared_base(imitator, tokenizer, config, **common)
         imitator = imitator.get_base_model()
     config = distinguisher_peft_config or default_peft_config()
     copied = Distinguisher.from_causal_lm(imitator, tokenizer, peft_config=config, seed=args.seed, **common)
@@ -136,7 +234,8 @@ def _from_model(model, tokenizer, config, common, seed) -> Distinguisher:
 def preserved_random_state() -> Iterator[None]:
     """Leave every random state as it was found."""
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:
@@ -175,12 +274,26 @@ class PhaseCallback(TrainerCallback):
                 group["lr"] = 0.0  # the schedule sets it anew after the step
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.trainer.game.guard.should_stop and not control.should_training_stop:
-            logger.warning(
-                "The game did not recover, so training stops here. The last reason: %s", self.trainer.game.pause
-            )
+        game = self.trainer.game
+        if game.pause is None:
+            game.paused_since = None
+        elif game.paused_since is None:
+            game.paused_since = state.global_step - 1
+        if game.guard.should_stop and not control.should_training_stop:
             control.should_training_stop = True
-            control.should_save = True
+            if state.is_world_process_zero:
+                logger.warning(farewell(game.pause, game.paused_since, args.output_dir))
+
+
+def farewell(reason: str, paused_since: int, output_dir: str) -> str:
+    """Why training stops, and where to go on from."""
+    checkpoint = newest_complete_checkpoint(output_dir, paused_since)
+    where = (
+        f"The newest complete checkpoint from before the pause is {checkpoint}."
+        if checkpoint
+        else "There is no complete checkpoint from before the pause; `save_steps` makes more of them."
+    )
+    return f"The game did not recover since step {paused_since}, so training stops. {where} The last reason: {reason}"
 
 
 def describe(phases: Phases, args: AdversarialConfig) -> str:

@@ -1,5 +1,6 @@
 """Adversarial imitation: an imitator is paid for answers that a distinguisher takes for the human's."""
 
+import math
 import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,15 +20,18 @@ from hf_imitate.human_rows import HumanRows, render_humans, without_internal
 from hf_imitate.pairs import Learner
 from hf_imitate.plateau import Plateau
 from hf_imitate.rendering import Renderer
-from hf_imitate.rows import check_columns
 from hf_imitate.trainers.adversarial_config import AdversarialConfig
 from hf_imitate.trainers.adversarial_game import Game
 from hf_imitate.trainers.adversarial_likelihood import HumanLikelihood
 from hf_imitate.trainers.adversarial_saving import AdversarialSaving
 from hf_imitate.trainers.adversarial_setup import (
+    DISTINGUISHER_REWARD,
     PhaseCallback,
     build_distinguisher,
+    check_data,
     check_lengths,
+    check_model,
+    check_rewards,
     preserved_random_state,
     set_learning_rate,
     show_total,
@@ -44,7 +48,7 @@ def distinguisher_reward(completions, **kwargs) -> list[float]:
     return [0.0] * len(completions)
 
 
-distinguisher_reward.__name__ = "distinguisher"
+distinguisher_reward.__name__ = DISTINGUISHER_REWARD
 
 
 class AdversarialTrainer(AdversarialSaving, GRPOTrainer):
@@ -63,7 +67,8 @@ class AdversarialTrainer(AdversarialSaving, GRPOTrainer):
        s = log p_human - log p_imitator + c(x), and c(x) cancels within a question: so the first term descends
        KL(imitator || human) and the second KL(human || imitator). The score is taken before the update, from a
        distinguisher fitted to a slightly older imitator: the same fixed point, delayed. PPO's clipping, at work only
-       when a generation batch serves several steps, and the clip of centred scores at 5 nats depart from that gradient.
+       when a generation batch serves several steps, and the clip of centred scores at 5 nats depart from that
+       gradient.
 
     Both sides reach the distinguisher through one renderer, token for token, ended exactly when they ended.
 
@@ -79,10 +84,11 @@ class AdversarialTrainer(AdversarialSaving, GRPOTrainer):
             What the distinguisher can verify: TRL's reward signature, outcomes in [0, 1]; each enters its logit with a
             learned weight.
         reward_funcs (`Callable` or `list`, *optional*):
-            Further rewards, TRL's, weighted by `reward_weights`, added to the distinguisher's.
+            Further rewards, TRL's, added to the distinguisher's; `reward_weights` has one weight for each of them.
         distinguisher (`str`, [`~transformers.PreTrainedModel`] or [`Distinguisher`], *optional*):
             Who judges. By default a second adapter and a head on the imitator's own frozen base, or with full
-            fine-tuning an adapter on a frozen copy of the starting base. It pays to let it know more than the imitator.
+            fine-tuning an adapter on a frozen copy of the starting base. It pays to let it know more than the
+            imitator.
         distinguisher_peft_config ([`~peft.PeftConfig`], *optional*): its adapter; by default like the imitator's.
         processing_class, callbacks, optimizers, quantization_config, peft_config: as in [`~trl.GRPOTrainer`].
 
@@ -139,27 +145,29 @@ class AdversarialTrainer(AdversarialSaving, GRPOTrainer):
             args = AdversarialConfig(f"{name.split('/')[-1] or 'model'}-imitator")
         self.checks = list(checks or [])
         check_names(self.checks)
-        check_columns(train_dataset, allow_unlabelled=args.allow_unlabelled)
-        for key, dataset in (eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}).items():
-            if dataset is not None:
-                check_columns(dataset, allow_unlabelled=True, name=f"eval_dataset {key}".strip())
         reward_funcs = [] if reward_funcs is None else reward_funcs
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        if args.reward_weights is not None and len(args.reward_weights) == len(reward_funcs):
-            args.reward_weights = [1.0, *args.reward_weights]
-
-        super().__init__(
-            model=model,
-            reward_funcs=[distinguisher_reward, *reward_funcs],
-            args=args,
-            train_dataset=with_row_numbers(train_dataset),
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-        )
+        check_rewards(reward_funcs, args.reward_weights)
+        check_data(train_dataset, eval_dataset, args)
+        check_model(model)
+        # TRL counts the distinguisher's reward, too; the user's settings stay as they were given.
+        weights, args.reward_weights = args.reward_weights, None
+        try:
+            super().__init__(
+                model=model,
+                reward_funcs=[distinguisher_reward, *reward_funcs],
+                args=args,
+                train_dataset=with_row_numbers(train_dataset),
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
+        finally:
+            args.reward_weights = weights
+        self.reward_weights = torch.tensor([1.0, *(weights or [1.0] * len(reward_funcs))])
         self.renderer = Renderer(
             self._tokenizer, self.eos_token_ids, args.max_completion_length, args.chat_template_kwargs
         )
@@ -197,6 +205,7 @@ class AdversarialTrainer(AdversarialSaving, GRPOTrainer):
         self._plateau = Plateau()
         self._last_reading = -1
         self._entered_phase: str | None = None
+        self._phase_schedule: LambdaLR | None = None
         self._tally = Tally()
         self.add_callback(PhaseCallback(self))
 
@@ -215,21 +224,27 @@ class AdversarialTrainer(AdversarialSaving, GRPOTrainer):
         _, per_epoch, num_examples, _, batch_size, steps_in_epoch, game = super().set_initial_training_values(
             args, dataloader
         )
-        self.phases.game = game
+        self.phases.game, self._steps_per_pass = game, per_epoch
         total = self.phases.total
         return -(-total // per_epoch), per_epoch, num_examples, total * batch_size, batch_size, steps_in_epoch, total
+
+    def _get_train_sampler(self, dataset=None):
+        self._sampler = super()._get_train_sampler(dataset)
+        return self._sampler
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """The user's schedule over the steps of the game, inside the schedule of the phases."""
         game = super().create_scheduler(self.phases.game or num_training_steps, optimizer)
+        if game is self._phase_schedule:
+            return game  # of an earlier `train()`, around a schedule the user gave
         if not isinstance(game, LambdaLR):
             raise ValueError(
-                f"The schedule is a {type(game).__name__}; the phases need one that is a function of the step. Leave it "
-                "out of `optimizers` and set `lr_scheduler_type`."
+                f"The schedule is a {type(game).__name__}; the phases need one that is a function of the step. Leave "
+                "it out of `optimizers` and set `lr_scheduler_type`."
             )
         self._game_schedule = game.lr_lambdas[0]
-        warmup = self.args.imitator_warmup_learning_rate / self.args.learning_rate
-        self.lr_scheduler = LambdaLR(
+        warmup = self.args.imitator_warmup_learning_rate / max(game.base_lrs)
+        self.lr_scheduler = self._phase_schedule = LambdaLR(
             game.optimizer, lambda step: self.phases.learning_rate_factor(step, warmup, self._game_schedule)
         )
         return self.lr_scheduler
@@ -240,7 +255,9 @@ class AdversarialTrainer(AdversarialSaving, GRPOTrainer):
         if step != self._last_reading and self._is_reading_due(step):
             self._last_reading = step
             is_imitator = self.phase == IMITATOR_WARMUP
-            self._plateau.update(self.likelihood.heldout_nats(self.model) if is_imitator else self.game.reading().loss)
+            value = self.likelihood.heldout_nats(self.model) if is_imitator else self.game.reading().loss
+            if math.isfinite(value):  # NaN: no held-out pair was met yet
+                self._plateau.update(value)
             if self._plateau.is_reached:
                 self.phases.end(step)
                 self.state.max_steps = self.phases.total
@@ -252,6 +269,7 @@ class AdversarialTrainer(AdversarialSaving, GRPOTrainer):
         set_learning_rate(self.lr_scheduler, step)
         if self.phase == GAME:
             self.likelihood.open_budget(self.model)
+            self.game.audit_surface()
             if left == DISTINGUISHER_WARMUP:
                 self.game.say_whether_there_is_a_signal()
 
@@ -266,7 +284,9 @@ class AdversarialTrainer(AdversarialSaving, GRPOTrainer):
 
     def _prepare_inputs(self, generation_batch):
         if not self.model.training:
-            rows = [row for row in generation_batch[:: self.num_generations_eval] if row["completion"] is not None]
+            first = self.accelerator.process_index * len(generation_batch)
+            asked = generation_batch[-first % self.num_generations_eval :: self.num_generations_eval]
+            rows = [row for row in asked if row["completion"] is not None]
             columns = [[row.get(key) for row in rows] for key in ("prompt", "completion", "weight")]
             inputs = super()._prepare_inputs(generation_batch)
             inputs["human_rows"] = render_humans(self.renderer, *columns)
@@ -276,8 +296,9 @@ class AdversarialTrainer(AdversarialSaving, GRPOTrainer):
             return {"human_rows": self.likelihood.draw(self._step)}
         if self.phase == DISTINGUISHER_WARMUP and not self.use_vllm:
             # Nobody is paid yet, so no question needs G answers: as many different humans as the batch has room for.
-            numbers = self.game.draw_questions(self._step, len(generation_batch))
-            generation_batch = [self.train_dataset[number] for number in numbers]
+            number = self._step // self.args.steps_per_generation
+            asked = self.game.draw_questions(number, len(generation_batch))
+            generation_batch = [self.train_dataset[row] for row in asked]
         return super()._prepare_inputs(generation_batch)
 
     def _generate_and_score_completions(self, inputs):
@@ -323,16 +344,21 @@ class AdversarialTrainer(AdversarialSaving, GRPOTrainer):
         self.likelihood.keep_budget(nats.item())
         return loss
 
-    def evaluate(self, *args, **kwargs):
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """As in transformers; training then goes on as if it had not happened."""
         with preserved_random_state():
-            return super().evaluate(*args, **kwargs)
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's metrics and ours, with the phase of the last step."""
         mode = "train" if self.model.training else "eval"
         values = self._tally.flush(mode)
-        if mode == "train" and values:
-            logs["phase"] = self.phases.name(max(self.state.global_step - 1, 0))
-        logs.update({f"eval_{name}" if mode == "eval" else name: value for name, value in values.items()})
+        if mode == "train":
+            if values:
+                logs["phase"] = self.phases.name(max(self.state.global_step - 1, 0))
+            logs.update(values)
+        else:
+            # Of several evaluation sets, each has its own prefix; TRL's metrics all have "eval_".
+            prefix = next((name.removesuffix("_runtime") for name in logs if name.endswith("_runtime")), "eval")
+            logs.update({f"{prefix}_{name}": value for name, value in values.items()})
         super().log(logs, start_time)

@@ -8,7 +8,7 @@ IMITATOR_WARMUP, DISTINGUISHER_WARMUP, GAME = "imitator_warmup", "distinguisher_
 
 @dataclass
 class Phases:
-    """How many optimizer steps each phase takes: first the imitator's warm-up, then the distinguisher's, then the game.
+    """How many optimizer steps each phase takes: the imitator's warm-up, then the distinguisher's, then the game.
 
     An "auto" warm-up holds its cap until `end` cuts it short.
     """

@@ -1,0 +1,63 @@
+import json
+import math
+from collections import Counter
+
+from hf_imitate.rendering import Answer
+from hf_imitate.replay import Entry, ReplayBuffer
+
+
+def filled(num, capacity=100, seed=0):
+    buffer = ReplayBuffer(capacity, seed)
+    for row in range(num):
+        buffer.add(row, f"question {row}", Answer(f"answer {row}", row % 2 == 0), (1.0, math.nan), (math.nan, 0.5))
+    return buffer
+
+
+def test_a_draw_depends_on_seed_and_number_alone():
+    one, other = filled(50), filled(50)
+    other.draw(7, 1)  # what was drawn before leaves no trace
+
+    assert one.draw(7, 3) == other.draw(7, 3)
+    assert one.draw(7, 3) != one.draw(7, 4)
+    assert one.draw(7, 3) != filled(50, seed=1).draw(7, 3)
+
+
+def test_the_answers_of_one_draw_differ_and_all_come_up_alike():
+    buffer = filled(10)
+    counts = Counter()
+    for number in range(2000):
+        rows = [entry.row for entry in buffer.draw(4, number)]
+        assert len(set(rows)) == 4
+        counts.update(rows)
+
+    # Each comes up in 4 of 10 draws: 800 of 2000, standard deviation 22.
+    assert all(abs(count - 800) < 110 for count in counts.values())
+    assert len(counts) == 10
+
+
+def test_the_oldest_answers_go_first():
+    buffer = filled(10, capacity=4)
+
+    assert [entry.row for entry in buffer.entries] == [6, 7, 8, 9]
+
+
+def test_more_than_there_is_cannot_be_drawn():
+    assert ReplayBuffer().draw(5, 0) == []
+    assert filled(3).draw(0, 0) == []
+    assert sorted(entry.row for entry in filled(3).draw(5, 0)) == [0, 1, 2]
+
+
+def test_its_state_goes_through_json():
+    buffer = filled(5)
+    buffer.add(9, [{"role": "user", "content": "q"}], Answer("a", False))
+
+    text = json.dumps(buffer.state(), allow_nan=False)
+    restored = ReplayBuffer(100, 0)
+    restored.add(77, "stale", Answer("stale", True))
+    restored.load_state(json.loads(text))
+
+    assert [repr(entry) for entry in restored.entries] == [repr(entry) for entry in buffer.entries]
+    assert [entry.row for entry in restored.draw(3, 8)] == [entry.row for entry in buffer.draw(3, 8)]
+    assert isinstance(restored.entries[0], Entry)
+    assert isinstance(restored.entries[0].answer, Answer)
+    assert isinstance(restored.entries[0].checks, tuple)
