@@ -25,9 +25,9 @@ from hf_imitate.scoring import score_answers
 QUESTIONS = [f"question {word} :" for word in ["one", "two", "three", "four", "five", "six", "seven", "eight"]]
 ANSWERS = ["red", "blue", "green", "black", "white"]
 ANSWERS += ["red blue", "blue red", "green green", "blue blue", "red green blue"]
-NUM_ROWS, NUM_STEPS, BATCH = 300, 700, 128
+NUM_ROWS, NUM_STEPS, BATCH = 300, 1000, 128
 NUM_JUDGED = 400  # pairs per question behind each judge: 3 200, of which 1 600 are trials
-SEEDS = [11, 12, 13, 14, 15]
+SEEDS = [21, 22, 23, 24, 25]  # chosen before their first run; the settings were found on seeds 11 and 12
 CELLS = [{"seed": seed, "arm": arm} for seed in SEEDS for arm in ("game", "frozen", "likelihood")]
 
 
@@ -132,7 +132,7 @@ def judged(model: Qwen3ForCausalLM, judge_base: Qwen3ForCausalLM, human: np.ndar
             rng.choice(len(ANSWERS), NUM_JUDGED, p=human[i]), rng.choice(len(shown), NUM_JUDGED, p=law[i]), strict=True
         )
     ]
-    judge = lora_judge(judge_base, tokenizer(), full=True, num_steps=400, batch_size=64, learning_rate=1e-3)
+    judge = lora_judge(judge_base, tokenizer(), full=True, num_steps=300, batch_size=64, learning_rate=1e-3)
     seen = judge_pairs(pairs, judge, name="full", seed=seed, group_answers=False)
     return {"accuracy": seen.accuracy, "interval": list(seen.interval), "num_pairs": seen.num_pairs}
 
@@ -161,7 +161,7 @@ def run_cell(cell: dict[str, Any], num_steps: int = NUM_STEPS) -> dict[str, Any]
             adam_beta1=0.5,
             adam_beta2=0.99,
             distinguisher_learning_rate=2e-3,
-            imitator_warmup_steps=400 if likelihood_only else 0,
+            imitator_warmup_steps=250 if likelihood_only else 0,
             imitator_warmup_learning_rate=1e-3,
             distinguisher_warmup_steps=0 if likelihood_only else 50,
             distinguisher_steps=3,

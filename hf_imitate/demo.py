@@ -1,9 +1,7 @@
 """`hf-imitate demo`: real text, a tiny base, an imitator trained and judged, on a laptop's CPU, with no network."""
 
 import argparse
-import json
 import math
-import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,16 +15,16 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, ProgressCallback, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from hf_imitate.audits.distinguishability import Judgement, judge_pairs
-from hf_imitate.audits.figures import plot_frontier
+from hf_imitate.audits.distinguishability import judge_pairs
 from hf_imitate.audits.judges import lora_judge, ngram_judge
+from hf_imitate.demo_report import Measured, System, report
 from hf_imitate.docstrings import load_docstrings
 from hf_imitate.human_rows import HumanRows
 from hf_imitate.imitator import Imitator
 from hf_imitate.log_probs import answer_log_probs, nats_to_bits
 from hf_imitate.losses import retrodictive_loss
 from hf_imitate.pairs import Pair
-from hf_imitate.rendering import Answer, Renderer, collate, end_token_ids
+from hf_imitate.rendering import Renderer, collate, end_token_ids
 from hf_imitate.rows import split_by_question
 from hf_imitate.sampling import draw_answers
 from hf_imitate.scoring import score_answers
@@ -34,33 +32,14 @@ from hf_imitate.tiny_base import tiny_base
 
 ANSWER_TOKENS = 32
 PROMPT_CHARACTERS = 90  # a few longer signatures would widen every batch
-NUM_QUESTIONS = 1800  # held out; half of them train the judges, half are trials
-BATCH, NUM_GENERATIONS = 64, 4
+NUM_QUESTIONS = 1200  # held out; half of them train the judges, half are trials. A slow machine asks fewer
+JUDGE_STEPS, JUDGE_PAIRS = 120, 16
+BATCH, NUM_GENERATIONS = 32, 4
 WARMUP_RATE, GAME_RATE = 1e-3, 1e-4
 JUDGE_SEED = 1
 # Seconds on two cores. What is left of twelve minutes belongs to later parts of the demo and to slow machines.
 BASE_SECONDS, TRAINING_SECONDS, JUDGING_SECONDS = 180.0, 240.0, 120.0
 SHARES = {"imitator_warmup": 0.33, "distinguisher_warmup": 0.10, "game": 0.45, "control": 0.12}
-
-
-class System(NamedTuple):
-    """A way to answer the held-out questions: a model at a temperature."""
-
-    name: str
-    model: PreTrainedModel
-    temperature: float
-
-
-class Measured(NamedTuple):
-    """What was measured of a system: bits per human answer with a 95 % interval, tokens per answer over the human's,
-    one judgement per judge, and its answers."""
-
-    system: System
-    bits: float
-    bits_interval: tuple[float, float]
-    length_ratio: float
-    judgements: dict[str, Judgement]
-    answers: list[Answer]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,17 +56,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     torch.set_num_threads(fastest_num_threads())
     with _stage("Real text"):
-        dataset = split_by_question(load_docstrings(), test_size=NUM_QUESTIONS, seed=args.seed)
+        pairs = load_docstrings()
+        short = pairs.filter(lambda prompt: len(prompt) <= PROMPT_CHARACTERS, input_columns="prompt")
+        dataset = split_by_question(short, test_size=NUM_QUESTIONS, seed=args.seed)
         print(
-            f"{len(dataset['train'])} pairs to train on, {len(dataset['test'])} held out: a function's signature, and"
+            f"{len(pairs)} pairs: a function's signature, and the first line of the docstring that its author wrote.\n"
+            f"{len(pairs) - len(short)} with signatures over {PROMPT_CHARACTERS} characters are left out; "
+            f"{len(dataset['train'])} train, {len(dataset['test'])} are held out, by question."
         )
-        print("the first line of the docstring that its author wrote.")
     with _stage("A base model"):
         path = args.model or str(tiny_base(max_seconds=BASE_SECONDS / args.speed_up))
     with _stage("Training"):
         models = train(path, dataset["train"], output_dir, TRAINING_SECONDS / args.speed_up, args.seed)
     with _stage("Judging"):
-        measured = measure(models, path, dataset["test"], args.seed)
+        measured = measure(models, path, dataset["test"], JUDGING_SECONDS / args.speed_up, args.seed)
     report(measured, dataset["test"], output_dir)
     check_saved(models["imitator"], output_dir)
     print(f"\nDone in {(time.perf_counter() - began) / 60:.1f} minutes. Everything is in {output_dir}/")
@@ -267,8 +249,15 @@ def _fit_likelihood(model: PreTrainedModel, rows: HumanRows, pad_token_id: int, 
 # --- judging
 
 
-def measure(models: dict[str, PreTrainedModel], base: str, rows: Dataset, seed: int) -> list[Measured]:
-    """Let every system answer the held-out questions, score the humans' answers under its law, and have it judged."""
+def measure(models: dict[str, PreTrainedModel], base: str, rows: Dataset, seconds: float, seed: int) -> list[Measured]:
+    """Let every system answer the held-out questions, score the humans' answers under its law, and have it judged.
+
+    Args:
+        models: as `train` returns them.
+        base: where the judges start, a Hub id or a path.
+        rows: held-out rows.
+        seconds: time for all of it; on a slow machine there are fewer questions and shorter trained judges.
+    """
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     systems = [
         System("base", models["base"], 1.0),
@@ -277,134 +266,58 @@ def measure(models: dict[str, PreTrainedModel], base: str, rows: Dataset, seed: 
         System("imitator", models["imitator"], 1.0),
     ]
     renderer = Renderer(tokenizer, end_token_ids(tokenizer, models["base"].generation_config), ANSWER_TOKENS)
-    humans = list(HumanRows(rows, renderer).rows.values())
-    rendered = [human.rendered for human in humans]
-    human_tokens = sum(len(row.answer_ids) for row in rendered)
+    began = time.perf_counter()
+    probe = rows.select(range(64))
+    tried = _ask(systems[0], renderer, probe, seed)
+    per_question = (time.perf_counter() - began) / len(probe)
+    began = time.perf_counter()
+    lora_judge(base, num_steps=3, batch_size=JUDGE_PAIRS)(tried.pairs, [], seed)
+    per_step = (time.perf_counter() - began) / 3
+    share = seconds / len(systems)
+    num_questions = min(len(rows), max(int(0.45 * share / per_question), 200))
+    num_steps = min(JUDGE_STEPS, max(int(0.45 * share / per_step), 20))
+    print(
+        f"{num_questions} questions to each system; the lora judge trains for {num_steps} steps "
+        f"of {JUDGE_PAIRS} pairs."
+    )
+    judges = {"ngram": ngram_judge, "lora": lora_judge(base, num_steps=num_steps, batch_size=JUDGE_PAIRS)}
     measured = []
     for system in tqdm(systems, desc="judging"):
-        nats = -np.asarray(
-            score_answers(system.model, rendered, tokenizer.pad_token_id, 64, system.temperature), dtype=float
-        )
-        bits = nats_to_bits(nats.mean())
-        half = nats_to_bits(1.96 * nats.std(ddof=1) / math.sqrt(len(nats)))
-        draws = [
-            draws[0]
-            for draws in draw_answers(
-                system.model,
-                renderer,
-                rows["prompt"],
-                num_answers=1,
-                seed=seed,
-                max_new_tokens=ANSWER_TOKENS,
-                temperature=system.temperature,
-                batch_size=128,
-            )
-        ]
-        answers = [draw.answer for draw in draws]
-        pairs = [
-            Pair(prompt, human.answer, (answer,))
-            for prompt, human, answer in zip(rows["prompt"], humans, answers, strict=True)
-        ]
-        judges = {"ngram": ngram_judge, "lora": lora_judge(base, num_steps=150, batch_size=32)}
-        judgements = {name: judge_pairs(pairs, judge, name=name, seed=JUDGE_SEED) for name, judge in judges.items()}
-        ratio = sum(len(draw.ids) for draw in draws) / human_tokens
-        measured.append(Measured(system, bits, (bits - half, bits + half), ratio, judgements, answers))
+        asked = _ask(system, renderer, rows.select(range(num_questions)), seed)
+        judgements = {n: judge_pairs(asked.pairs, judge, name=n, seed=JUDGE_SEED) for n, judge in judges.items()}
+        mean, half = asked.nats.mean(), 1.96 * asked.nats.std(ddof=1) / math.sqrt(num_questions)
+        interval = (nats_to_bits(mean - half), nats_to_bits(mean + half))
+        answers = [pair.imitator[0] for pair in asked.pairs]
+        measured.append(Measured(system, nats_to_bits(mean), interval, asked.length_ratio, judgements, answers))
     return measured
 
 
-# --- what people see
+class _Asked(NamedTuple):
+    pairs: list[Pair]
+    nats: np.ndarray  # of the human's answer to each question
+    length_ratio: float
 
 
-def report(measured: list[Measured], rows: Dataset, output_dir: Path) -> None:
-    """Print the table, ten answers and a verdict; write table, picture and numbers."""
-    lines = table(measured)
-    print("\n" + "\n".join(lines))
-    print(textwrap.fill(LEGEND, 110))
-    print("\n" + verdict(measured))
-    print("\nTen held-out questions, what the human wrote, and what the imitator wrote:")
-    imitator = measured[-1]
-    for i in np.linspace(0, len(rows) - 1, 10).astype(int):
-        print(f"\n  {rows[int(i)]['prompt'].strip()}")
-        print(f"    human:    {rows[int(i)]['completion']}")
-        print(f"    imitator: {imitator.answers[int(i)].text}")
-    (output_dir / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (output_dir / "demo.json").write_text(json.dumps([_as_json(m) for m in measured], indent=2), encoding="utf-8")
-    plot_frontier([_as_figure_row(m) for m in measured], output_dir / "frontier.png")
-    print(f"\nThe picture: {output_dir}/frontier.png")
-
-
-LEGEND = (
-    "bits: of one human answer under the law that is sampled from, fewer are better. Judges are trained afresh on "
-    "half of the held-out questions; 'picks the human' is how often they do on the other half (0.5 is chance), "
-    "'judge bits' what one answer tells them about its author (0 is nothing). Intervals hold at 95 %, each on its "
-    "own, over questions; another judge's seed moves a number by a few hundredths more."
-)
-
-
-def table(measured: list[Measured]) -> list[str]:
-    """The table's lines, in Markdown."""
-    judges = list(measured[0].judgements)
-    header = ["system", "bits/answer", *(f"{j} picks the human" for j in judges), *(f"{j} judge bits" for j in judges)]
-    rows = [[*header, "length ratio"]]
-    for m in measured:
-        accuracies = [f"{j.accuracy:.3f} [{j.interval.low:.3f}, {j.interval.high:.3f}]" for j in m.judgements.values()]
-        bits = [f"{j.bits:+.3f}" for j in m.judgements.values()]
-        half = (m.bits_interval[1] - m.bits_interval[0]) / 2
-        rows.append([m.system.name, f"{m.bits:.1f} ± {half:.1f}", *accuracies, *bits, f"{m.length_ratio:.2f}"])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
-
-
-def verdict(measured: list[Measured]) -> str:
-    """In plain words, whether the imitator beat the best of fine-tuning, judge by judge and in bits."""
-    imitator, rivals = measured[-1], measured[1:-1]
-    sentences = []
-    for judge in imitator.judgements:
-        best = min(rivals, key=lambda m: m.judgements[judge].accuracy)
-        ours, theirs = imitator.judgements[judge], best.judgements[judge]
-        if ours.interval.high < theirs.interval.low:
-            word = "is harder to tell from the human than"
-        elif ours.interval.low > theirs.interval.high:
-            word = "is easier to tell from the human than"
-        else:
-            word = "cannot be ranked against"
-        sentences.append(
-            f"To the {judge} judge, the imitator ({ours.accuracy:.3f}) {word} the best of SFT, '{best.system.name}' "
-            f"({theirs.accuracy:.3f})."
-        )
-    best = min(rivals, key=lambda m: m.bits)
-    sentences.append(
-        f"Human answers cost it {imitator.bits:.1f} bits; under '{best.system.name}' they cost {best.bits:.1f}."
+def _ask(system: System, renderer: Renderer, rows: Dataset, seed: int) -> _Asked:
+    """One answer to each question, and what the human's answer costs under the law that is sampled from."""
+    humans = list(HumanRows(rows, renderer).rows.values())
+    rendered = [human.rendered for human in humans]
+    pad = renderer.tokenizer.pad_token_id
+    nats = -score_answers(system.model, rendered, pad, temperature=system.temperature).numpy()
+    drawn = draw_answers(
+        system.model,
+        renderer,
+        rows["prompt"],
+        num_answers=1,
+        seed=seed,
+        max_new_tokens=ANSWER_TOKENS,
+        temperature=system.temperature,
+        batch_size=128,
     )
-    return "\n".join(sentences)
-
-
-def _as_json(m: Measured) -> dict[str, Any]:
-    judgements = {
-        name: {"accuracy": j.accuracy, "interval": list(j.interval), "bits": j.bits, "num_pairs": j.num_pairs}
-        for name, j in m.judgements.items()
-    }
-    return {
-        "system": m.system.name,
-        "temperature": m.system.temperature,
-        "bits_per_answer": m.bits,
-        "bits_interval": list(m.bits_interval),
-        "length_ratio": m.length_ratio,
-        "judges": judgements,
-    }
-
-
-def _as_figure_row(m: Measured) -> dict[str, Any]:
-    return {
-        "name": m.system.name,
-        "judge_accuracies": {name: (j.accuracy, *j.interval) for name, j in m.judgements.items()},
-        "bits_per_answer": m.bits,
-        "bits_interval": m.bits_interval,
-        "length_ratio": m.length_ratio,
-    }
+    draws = [draws[0] for draws in drawn]
+    pairs = [Pair(q, h.answer, (d.answer,)) for q, h, d in zip(rows["prompt"], humans, draws, strict=True)]
+    lengths = [sum(map(len, ids)) for ids in ((d.ids for d in draws), (r.answer_ids for r in rendered))]
+    return _Asked(pairs, nats, lengths[0] / lengths[1])
 
 
 def check_saved(model: PreTrainedModel, output_dir: Path) -> None:

@@ -117,7 +117,7 @@ def load_shared_adapter(distinguisher: "Distinguisher", folder: Path) -> None:
     _check_safetensors(folder)
     state = load_file(folder / ADAPTER_FILE)
     with torch.no_grad():
-        distinguisher.head.weight.copy_(state.pop(HEAD_KEY))
+        distinguisher.head.get_parameter("weight").copy_(state.pop(HEAD_KEY))
     result = set_peft_model_state_dict(distinguisher.model, state, adapter_name=distinguisher.adapter_name)
     missing = [name for name in result.missing_keys if f".{distinguisher.adapter_name}." in name]
     if missing or result.unexpected_keys:
@@ -158,7 +158,7 @@ def _merged(distinguisher: "Distinguisher") -> PreTrainedModel:
 def _write_shared_adapter(distinguisher: "Distinguisher", folder: Path) -> None:
     model, name = distinguisher.model, distinguisher.adapter_name
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    state[HEAD_KEY] = distinguisher.head.weight
+    state[HEAD_KEY] = distinguisher.head.get_parameter("weight")
     config = copy.deepcopy(model.peft_config[name])
     config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", ["score"], True
     config.base_model_name_or_path = _base_name(model)

@@ -1,13 +1,14 @@
 """One question, the human's answer and the imitator's: what a distinguisher learns from, and one step of learning."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from hf_imitate.batching import similar_lengths, stretch_on
 from hf_imitate.losses import DISTINGUISHER_LOSSES
 from hf_imitate.rendering import Answer
 
@@ -121,17 +122,19 @@ class Learner:
         """
         device = self.distinguisher.device
         weight = self._reduced(torch.tensor([float(sum(pair.weight for pair in pairs))], device=device)).item()
-        logits: list[Logits] = []
+        logits: dict[int, Logits] = {}
         loss_sum = torch.zeros(1, device=device)
         with self.distinguisher.active():
             for parameter in self.parameters:
                 parameter.requires_grad_(True)
-            for chunk in self._chunks(pairs):
+            for indices in self._chunks(pairs):
+                chunk = [pairs[i] for i in indices]
                 seen = self._forward(chunk)
                 loss = self._weighted_loss(chunk, seen) / max(weight, 1e-12)
                 loss.backward()
                 loss_sum += loss.detach()
-                logits += [Logits(pair.human.detach(), pair.imitator.detach()) for pair in seen]
+                for i, pair in zip(indices, seen, strict=True):
+                    logits[i] = Logits(pair.human.detach(), pair.imitator.detach())
             self._reduce_gradients()
             mean_loss = self._reduced(loss_sum).item()
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
@@ -146,26 +149,26 @@ class Learner:
                 group["lr"] = rate * lr_scale
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(mean_loss, logits)
+        return StepResult(mean_loss, [logits[i] for i in range(len(pairs))])
 
     @torch.no_grad()
     def score(self, pairs: Sequence[Pair]) -> list[Logits]:
         """Logits of every pair, without learning."""
+        logits: dict[int, Logits] = {}
         with self.distinguisher.active():
-            return [logits for chunk in self._chunks(pairs) for logits in self._forward(chunk)]
+            for indices in self._chunks(pairs):
+                for i, seen in zip(indices, self._forward([pairs[i] for i in indices]), strict=True):
+                    logits[i] = seen
+        return [logits[i] for i in range(len(pairs))]
 
-    def _chunks(self, pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
-        chunk: list[Pair] = []
-        rows = 0
-        for pair in pairs:
-            needed = 1 + len(pair.imitator)
-            if chunk and rows + needed > self.max_rows:
-                yield chunk
-                chunk, rows = [], 0
-            chunk.append(pair)
-            rows += needed
-        if chunk:
-            yield chunk
+    def _chunks(self, pairs: Sequence[Pair]) -> list[list[int]]:
+        """Indices of pairs of similar length, with at most `max_rows` answers in a chunk."""
+        rows = [1 + len(pair.imitator) for pair in pairs]
+        # Characters are close enough to tokens for sorting.
+        lengths = [
+            len(str(pair.prompt)) + max(len(answer.text) for answer in (pair.human, *pair.imitator)) for pair in pairs
+        ]
+        return similar_lengths(lengths, self.max_rows, stretch_on(self.distinguisher.device), rows)
 
     def _forward(self, pairs: Sequence[Pair]) -> list[Logits]:
         d = self.distinguisher

@@ -4,18 +4,14 @@ Rows are checked by column before any model loads, and split so that no question
 """
 
 import json
-import logging
 import math
-import random
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from datasets import Dataset, DatasetDict, IterableDataset, Json, LargeList, List, Value
 
-from hf_imitate.grouping import choose_nearest, connected_rows
-
-logger = logging.getLogger(__name__)
+from hf_imitate.grouping import choose_test_rows
 
 COMPLETION_ROLES = ("assistant", "user")
 _encode_key = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode  # built once: twice as fast as `dumps`
@@ -134,28 +130,10 @@ def split_by_question(
         ValueError: `test_size` is impossible, a column is missing, or one group holds all rows.
     """
     _check_container(dataset, "dataset", needed=("prompt", group_by) if isinstance(group_by, str) else ("prompt",))
-    num_wanted = _wanted_rows(test_size, len(dataset))
     relations: list[list[Hashable]] = [[question_key(prompt) for prompt in _read_values(dataset, "prompt")]]
     if group_by is not None:
         relations.append(_group_values(dataset, group_by))
-    groups = connected_rows(relations, len(dataset))
-    sizes = [len(group) for group in groups]
-    if len(groups) == 1:
-        raise ValueError(
-            f"`dataset` cannot be split: all {len(dataset)} rows are tied to each other by equal questions"
-            f"{' or equal `group_by` values' if group_by is not None else ''}, and a split needs at least two groups. "
-            "Use a finer `group_by` (or none), or bring rows with other questions."
-        )
-    order = list(range(len(groups)))
-    random.Random(seed).shuffle(order)
-    chosen = choose_nearest(order, sizes, num_wanted)
-    test_rows = sorted(row for group in chosen for row in groups[group])
-    if len(test_rows) != num_wanted:
-        logger.warning(
-            "split_by_question: %d test rows were asked for; the nearest that keeps groups whole is %d "
-            "(%d rows in %d groups, the largest of %d rows).",
-            *(num_wanted, len(test_rows), len(dataset), len(groups), max(sizes)),
-        )
+    test_rows = choose_test_rows(relations, test_size, seed)
     is_test = set(test_rows)
     train_rows = [row for row in range(len(dataset)) if row not in is_test]
     return DatasetDict(train=dataset.select(train_rows), test=dataset.select(test_rows))
@@ -225,9 +203,9 @@ def _read_values(dataset: Dataset, column: str) -> list:
 def _read_texts(dataset: Dataset, column: str, name: str) -> _Texts:
     feature = dataset.features[column]
     if not isinstance(feature, Value | List | LargeList | Json):
+        kind = type(feature).__name__
         raise TypeError(
-            f"`{name}` column `{column}` must hold text or lists of messages; its type is {type(feature).__name__}. "
-            'A message list is `[{"role": "user", "content": "..."}]`.'
+            f"`{name}` column `{column}` holds {kind}; text or lists of role-and-content messages are needed."
         )
     try:
         if isinstance(feature, Value) and feature.dtype in _TEXT_TYPES:
@@ -264,23 +242,22 @@ def _flatten_messages(column: Any) -> _Texts:
 
 
 def _flatten_objects(values: Iterable[Any]) -> _Texts:
+    names = {str: "text", list: "messages", type(None): "missing"}
     result = _Texts([], [], [], [])
     for row, value in enumerate(values):
-        kind = "missing" if value is None else type(value).__name__
+        result.kinds.append(names.get(type(value), type(value).__name__))
         for role, text in _messages_of(value):
             result.owners.append(row)
             result.roles.append(role)
             result.texts.append(text)
-        result.kinds.append({"str": "text", "list": "messages"}.get(kind, kind))
     return result
 
 
 def _messages_of(value: Any) -> Iterator[tuple[Any, Any]]:
     if isinstance(value, str):
         yield None, value
-    elif isinstance(value, list):
-        for message in value:
-            yield (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+    for message in value if isinstance(value, list) else ():
+        yield (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
 
 
 def _fail_on_broken_text(column: Any, where: str) -> None:
@@ -297,13 +274,13 @@ def _fail_on_broken_text(column: Any, where: str) -> None:
 
 
 def _check_kinds(column: _Texts, where: str, *, is_missing_allowed: bool) -> None:
-    good = {"text", "messages"} | ({"missing"} if is_missing_allowed else set())
+    good = ("text", "messages", "missing") if is_missing_allowed else ("text", "messages")
     bad = [row for row, kind in enumerate(column.kinds) if kind not in good]
     if bad:
-        found = sorted({"None" if column.kinds[row] == "missing" else column.kinds[row] for row in bad})
+        found = " and ".join(sorted({"None" if column.kinds[row] == "missing" else column.kinds[row] for row in bad}))
         raise TypeError(
-            f"{where}: {_name_rows(bad, len(column.kinds))} hold {' and '.join(found)}; text or a list of messages is "
-            "needed. Convert them with `dataset.map`, or drop them with `dataset.filter`."
+            f"{where}: {_name_rows(bad, len(column.kinds))} hold {found}; text or a list of messages is needed. "
+            "Convert them with `dataset.map`, or drop them with `dataset.filter`."
         )
 
 
@@ -405,22 +382,6 @@ def _check_weights(weights: list, where: str) -> None:
         raise ValueError(
             f"{where}: all {num_rows} weights are 0, so no row teaches anything. Give some a positive weight."
         )
-
-
-def _wanted_rows(test_size: float | int, num_rows: int) -> int:
-    if isinstance(test_size, bool) or not isinstance(test_size, int | float):
-        raise TypeError(
-            f"`test_size` must be a share (float) or a number of rows (int); got {type(test_size).__name__}."
-        )
-    is_share = isinstance(test_size, float)
-    is_in_range = 0 < test_size < (1 if is_share else num_rows)
-    num_wanted = round(test_size * num_rows) if is_in_range and is_share else int(test_size) if is_in_range else 0
-    if not 0 < num_wanted < num_rows:
-        raise ValueError(
-            f"`test_size` is {test_size}, of {num_rows} rows; both sides need at least one row. "
-            f"Give a share between 0 and 1 that is at least one row, or a number from 1 to {num_rows - 1}."
-        )
-    return num_wanted
 
 
 def _group_values(dataset: Dataset, group_by: str | Callable[[dict], Hashable]) -> list[Hashable]:

@@ -58,7 +58,7 @@ def score_answers(
     check_prompt_ids([row.prompt_ids for row in rows])
     log_probs = torch.zeros(len(rows), dtype=torch.float64)
     with evaluation_mode(model), tqdm(total=len(rows), desc="scoring", disable=not progress) as bar:
-        for chunk in length_batches(rows, batch_size, model.config.get_text_config().vocab_size):
+        for chunk in _batches(rows, batch_size, model.config.get_text_config().vocab_size):
             log_probs[chunk] = _score_batch(model, [rows[i] for i in chunk], pad_token_id, temperature)
             bar.update(len(chunk))
     return log_probs
@@ -95,14 +95,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def length_batches(rows: Sequence[Rendered], batch_size: int, vocab_size: int = 0) -> Iterator[list[int]]:
-    """Indices of rows of similar length; the longest come first, so that too little memory shows at once.
-
-    Args:
-        rows: what to split. N.
-        batch_size: most rows in a batch.
-        vocab_size: splits batches whose logits over the answers would exceed `MAX_LOGITS`; 0 splits none.
-    """
+def _batches(rows: Sequence[Rendered], batch_size: int, vocab_size: int) -> Iterator[list[int]]:
+    """Indices of rows of similar length; the longest come first, so that too little memory shows at once."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt_ids) + len(rows[i].answer_ids), reverse=True)
     chunk: list[int] = []
     num_logits = 0

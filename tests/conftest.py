@@ -39,8 +39,8 @@ _MERGE_TEXT = ["Return the number of items in the list.", "Set the name of the f
 def one_thread() -> None:
     """Keep torch to one thread: on models this small, threads that wait for each other cost more than they compute.
 
-    With both cores busy, sixty steps of the tiny model take 0.5 s on one thread and 9 to 42 s on two. A test that needs
-    no torch does not load it.
+    With both cores busy, sixty steps of the tiny model take 0.5 s on one thread and 9 to 42 s on two. A test that
+    needs no torch does not load it.
     """
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)

@@ -270,10 +270,13 @@ def test_switching_leaves_flags_and_active_adapter_as_found(shared):
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
 
 
-def test_adding_it_to_a_frozen_imitator_thaws_nothing(tiny_model_dir, tokenizer):
+def test_adding_it_to_a_frozen_imitator_and_asking_it_thaws_nothing(tiny_model_dir, tokenizer):
+    """PEFT makes an adapter trainable whenever it is switched to."""
     model = imitator_model(tiny_model_dir).requires_grad_(False)
 
-    Distinguisher.on_shared_base(model, tokenizer, LORA)
+    distinguisher = Distinguisher.on_shared_base(model, tokenizer, LORA)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    distinguisher.score(QUESTIONS, ANSWERS)
 
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
@@ -352,7 +355,9 @@ def test_a_separate_distinguisher_is_really_checkpointed_where_asked(tiny_model_
     pair = Pair("q", ANSWERS[0], (ANSWERS[2],))
     expected = Learner(distinguisher, 1e-3).score([pair])[0]
     calls = []
-    distinguisher.model.get_base_model().model.layers[0].input_layernorm.register_forward_pre_hook(lambda *_: calls.append(1))
+    distinguisher.model.get_base_model().model.layers[0].input_layernorm.register_forward_pre_hook(
+        lambda *_: calls.append(1)
+    )
 
     distinguisher.place(torch.device("cpu"), contextlib.nullcontext, gradient_checkpointing=True)
     seen = Learner(distinguisher, 1e-3).step([pair]).logits[0]

@@ -107,13 +107,19 @@ def test_a_folder_without_a_distinguisher_and_one_with_a_pickle_are_refused(tmp_
         Distinguisher.from_pretrained(tmp_path)
 
 
-def test_a_half_precision_distinguisher_loads_and_scores_in_single_precision(separate, tmp_path):
-    separate.save_pretrained(tmp_path)
+@pytest.mark.parametrize("kind", ["adapter", "full"])
+def test_a_distinguisher_in_half_precision_keeps_its_head_in_single(kind, tiny_model_dir, tokenizer, tmp_path):
+    """A head in bf16 would give many answers one and the same score."""
+    distinguisher = make(kind, tiny_model_dir, tokenizer)
+    distinguisher.save_pretrained(tmp_path)
 
-    logits = Distinguisher.from_pretrained(tmp_path, dtype=torch.bfloat16).score(QUESTIONS, ANSWERS)
+    loaded = Distinguisher.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    logits = loaded.score(QUESTIONS, ANSWERS)
 
     assert logits.dtype == torch.float32
-    torch.testing.assert_close(logits, separate.score(QUESTIONS, ANSWERS), atol=0.1, rtol=0.05)
+    assert not torch.equal(logits.bfloat16().float(), logits)
+    assert {parameter.dtype for parameter in loaded.head.parameters()} == {torch.float32}
+    torch.testing.assert_close(logits, distinguisher.score(QUESTIONS, ANSWERS), atol=0.1, rtol=0.05)
 
 
 def saved_imitator(path, tokenizer, kind, folder):

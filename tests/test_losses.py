@@ -40,9 +40,9 @@ def optimum(loss, human=HUMAN, imitator=IMITATOR):
     return torch.tensor(minimize(expected, [0.0] * 4, jac=True, options={"gtol": 1e-10}).x)
 
 
-def slope(logits):
+def slope(logits, log_ratio=LOG_RATIO):
     """Least-squares slope of the logits over the log ratio."""
-    x, y = LOG_RATIO - LOG_RATIO.mean(), logits - logits.mean()
+    x, y = log_ratio - log_ratio.mean(), logits - logits.mean()
     return ((x * y).sum() / x.square().sum()).item()
 
 
@@ -63,10 +63,16 @@ def test_without_centring_the_optimum_is_the_log_ratio_up_to_a_constant():
     torch.testing.assert_close(best, LOG_RATIO + shift, atol=1e-6, rtol=0)
 
 
-def test_centring_shrinks_the_slope_to_about_91_percent_and_keeps_the_order():
+def test_centring_shrinks_the_slope_and_keeps_the_order():
+    """Near the fixed point both terms are quadratic, with curvatures 1/8 and c: the slope is 1 / (1 + 8 c)."""
+    near = IMITATOR * torch.tensor([1.02, 0.97, 1.01, 1.0], dtype=torch.float64)
+    near = near / near.sum()
     best = optimum(bradley_terry_loss)
 
-    assert slope(best) == pytest.approx(0.91, abs=0.03)
+    assert slope(optimum(bradley_terry_loss, near), near.log() - IMITATOR.log()) == pytest.approx(
+        1 / (1 + 8 * CENTERING), abs=2e-3
+    )
+    assert slope(best) == pytest.approx(0.856, abs=0.005)
     assert best.argsort().tolist() == LOG_RATIO.argsort().tolist()
 
 
@@ -306,7 +312,7 @@ def test_its_optimum_is_the_law_of_the_humans():
 
     optimizer.step(closure)
 
-    torch.testing.assert_close(theta.softmax(0).detach(), HUMAN, atol=1e-6, rtol=0)
+    torch.testing.assert_close(theta.softmax(0).detach(), HUMAN, atol=1e-4, rtol=0)
     assert ((HUMAN / lengths) / (HUMAN / lengths).sum() - HUMAN).abs().max() > 0.1
 
 
@@ -314,7 +320,11 @@ def test_a_tie_counts_one_half():
     wins = paired_wins(torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0.0, 1.0, 2.0]))
 
     assert wins.tolist() == [1.0, 0.0, 0.5]
-    assert paired_wins(torch.tensor(torch.nan), torch.tensor(1.0)).isnan()
+
+
+def test_a_broken_distinguisher_is_not_taken_for_a_coin():
+    assert paired_wins(torch.tensor([torch.nan, 1.0]), torch.tensor([1.0, torch.nan])).isnan().all()
+    assert paired_wins(torch.tensor([torch.inf]), torch.tensor([torch.inf])).tolist() == [0.5]
 
 
 def test_the_multiplier_moves_by_its_closed_form():

@@ -181,3 +181,68 @@ def test_end_tokens_are_the_models_led_by_an_unlisted_tokenizer_token(tokenizer)
 def test_a_model_without_end_token_is_an_error_that_says_how_to_set_one(tokenizer):
     with pytest.raises(ValueError, match=r"tokenizer\.eos_token"):
         Renderer(tokenizer, [])
+
+
+def with_template(tokenizer, monkeypatch, template, ends, **settings):
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    return Renderer(tokenizer, tokenizer.convert_tokens_to_ids(ends), **settings)
+
+
+MESSAGES = "{% for m in messages %}<|im_start|>{{ m['content'] }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "ends", "expected"),
+    [
+        # What a template puts at the end of the whole conversation is not what ends a turn.
+        (MESSAGES + "<|im_end|>\n{% endfor %}<|endoftext|>", ["<|endoftext|>", "<|im_end|>"], "<|im_end|>"),
+        # A question's own end marker comes before the answer.
+        (MESSAGES + "<|im_end|>{% endfor %}", ["<|reserved_1|>", "<|im_end|>"], "<|im_end|>"),
+        (
+            "{{ messages[0]['content'] }}<|im_end|>{{ messages[1]['content'] }}",
+            ["<|reserved_1|>", "<|im_end|>"],
+            "<|reserved_1|>",
+        ),
+        # Closed by a token that ends nothing.
+        (MESSAGES + "<|im_end|>{% endfor %}", ["<|endoftext|>", "<|reserved_1|>"], "<|endoftext|>"),
+        # The answer is not in the text at all.
+        ("{{ messages[0]['content'] }}<|im_end|>", ["<|endoftext|>", "<|im_end|>"], "<|endoftext|>"),
+    ],
+)
+def test_the_end_of_a_turn_is_the_first_end_token_after_the_answer(
+    chat_tokenizer, monkeypatch, template, ends, expected
+):
+    renderer = with_template(chat_tokenizer, monkeypatch, template, ends)
+
+    assert renderer.turn_end_id == chat_tokenizer.convert_tokens_to_ids(expected)
+
+
+def test_a_template_that_needs_an_argument_gets_it_when_its_end_is_looked_for(chat_tokenizer, monkeypatch):
+    template = (
+        "{% if tone is not defined %}{{ raise_exception('tone?') }}{% endif %}" + MESSAGES + "<|im_end|>{% endfor %}"
+    )
+    ends = ["<|endoftext|>", "<|im_end|>"]
+    renderer = with_template(chat_tokenizer, monkeypatch, template, ends, chat_template_kwargs={"tone": "calm"})
+
+    row = renderer.human([QUESTION], [[{"role": "assistant", "content": "yes"}]])[0]
+
+    assert row.answer_ids[-1] == chat_tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_nothing_asked_is_nothing_rendered(renderer):
+    assert renderer.prompt_ids([]) == []
+    assert renderer.human([], []) == []
+    assert renderer.answer_ids([], []) == []
+
+
+@pytest.mark.parametrize("limit", [0, -3])
+def test_a_limit_that_leaves_no_room_for_the_end_is_an_error(tokenizer, limit):
+    with pytest.raises(ValueError, match=f"`max_answer_tokens` is {limit}.*None"):
+        Renderer(tokenizer, [tokenizer.eos_token_id], max_answer_tokens=limit)
+
+
+def test_an_empty_question_is_an_error_where_it_would_leave_a_token_unscored():
+    rows = [Rendered([5], [7, 2], True), Rendered([], [7, 2], True)]
+
+    with pytest.raises(ValueError, match=r"1 of 2 questions.*number 1.*start token"):
+        collate(rows, pad_token_id=0)

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
 
 from hf_imitate import AdversarialConfig, AdversarialTrainer
+from hf_imitate.rendering import Rendered
 
 NUM_ROWS = 32
 
@@ -98,7 +100,7 @@ def train(trainer: AdversarialTrainer, **kwargs: Any) -> None:
 
 def ending_model(path: Path) -> tuple[PreTrainedModel, Any]:
     """The tiny model with a dozen end tokens: of its answers of sixteen tokens about half end by themselves."""
-    model = AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float32)
+    model = load(path)
     model.generation_config.eos_token_id = list(range(12))
     return model, AutoTokenizer.from_pretrained(str(path))
 
@@ -174,3 +176,28 @@ def spied(owner: Any, name: str) -> Iterator[list[tuple]]:
         yield calls
     finally:
         delattr(owner, name)
+
+
+class AtEveryStep(TrainerCallback):
+    """Calls back after every optimizer step, and before it, when the gradients are there."""
+
+    def __init__(self, after: Callable = lambda: None, before: Callable = lambda: None):
+        self.after, self.before = after, before
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.before()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.after()
+
+
+def load(path: Path) -> PreTrainedModel:
+    """The model stored there, in fp32."""
+    return AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float32)
+
+
+def nats_of(model: PreTrainedModel, row: Rendered) -> torch.Tensor:
+    """Summed nats of one rendered answer, by cross-entropy on the row alone."""
+    ids = torch.tensor([row.prompt_ids + row.answer_ids])
+    logits = model(input_ids=ids).logits[0, len(row.prompt_ids) - 1 : -1]
+    return F.cross_entropy(logits, ids[0, len(row.prompt_ids) :], reduction="sum")

@@ -1,5 +1,6 @@
 """The likelihood side of an adversarial run: which human answers come when, what they cost, what budget they keep."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,13 +9,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather
 from torch import Tensor, nn
 
+from hf_imitate.batching import similar_lengths, stretch_on
 from hf_imitate.human_rows import HumanRow, HumanRows
 from hf_imitate.log_probs import answer_log_probs, nats_to_bits
 from hf_imitate.losses import retrodictive_loss, updated_multiplier
 from hf_imitate.rendering import Rendered, collate
-from hf_imitate.scoring import length_batches
 
-CPU_CHUNK = 16  # answers of similar length in one forward
 BUDGET_ROWS = 512
 BUDGET_DECAY = 0.95
 
@@ -114,9 +114,10 @@ class HumanLikelihood:
     def _log_prob(self, model: nn.Module, rows: Sequence[HumanRow]) -> tuple[Tensor, Tensor]:
         """Log p of each row's answer, nats, and the rows' weights. [B], [B]."""
         rendered = [row.rendered for row in rows]
-        # A CPU pays for every padded token, an accelerator for every forward.
-        size = CPU_CHUNK if self.accelerator.device.type == "cpu" else len(rows)
-        chunks = list(length_batches(rendered, size))
+        # Several processes wait for each other in every forward, so they must agree on how many there are.
+        stretch = stretch_on(self.accelerator.device) if self.accelerator.num_processes == 1 else math.inf
+        lengths = [len(row.prompt_ids) + len(row.answer_ids) for row in rendered]
+        chunks = similar_lengths(lengths, len(rows), stretch)
         parts = [self._log_prob_of_chunk(model, [rendered[i] for i in chunk]) for chunk in chunks]
         log_prob = torch.cat(parts)[torch.tensor([i for chunk in chunks for i in chunk]).argsort()]
         return log_prob, torch.tensor([row.weight for row in rows], device=log_prob.device)

@@ -1,6 +1,7 @@
 """What [`AdversarialTrainer`] puts together before it trains."""
 
 import contextlib
+import copy
 import logging
 import random
 from collections.abc import Iterator, Sequence
@@ -138,17 +139,10 @@ def check_lengths(human_rows: HumanRows, model: PreTrainedModel | PeftModel, arg
     """Count what the length limit cuts, and refuse questions that leave no room for an answer.
 
     Raises:
-        ValueError: a question has no tokens; or question and longest answer together exceed the model's positions.
+        ValueError: question and longest answer together exceed the model's positions.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     lengths = {i: len(row.rendered.prompt_ids) for i, row in human_rows.rows.items()}
-    empty = [i for i, length in lengths.items() if length == 0]
-    if empty:
-        raise ValueError(
-            f"{len(empty)} of {len(lengths)} questions (column 'prompt', rows {empty[:5]}) have no tokens, and a "
-            "causal LM has no law for what comes after nothing. Leave these rows out, or use a tokenizer that puts a "
-            "start token first."
-        )
     too_long = [i for i, length in lengths.items() if limit and length + args.max_completion_length > limit]
     if too_long:
         raise ValueError(
@@ -194,13 +188,16 @@ def build_distinguisher(
     if isinstance(given, Distinguisher):
         given.set_checks(checks)
         return given
+    own = imitator.peft_config["default"] if isinstance(imitator, PeftModel) else None
     if given is not None:
-        config = distinguisher_peft_config or peft_config
+        config = copy.deepcopy(distinguisher_peft_config or peft_config or own)
+        if config is not None:
+            config.base_model_name_or_path = config.revision = None  # those of the imitator's base
         if isinstance(given, PreTrainedModel):
             return _from_model(given, tokenizer, config, common, args.seed)
         return Distinguisher.from_causal_lm(given, peft_config=config, seed=args.seed, **common)
     if isinstance(imitator, PeftModel):
-        config = distinguisher_peft_config or imitator.peft_config[imitator.active_adapter]
+        config = distinguisher_peft_config or own
         if isinstance(config, LoraConfig):
             # The global random state differs between processes by TRL's design, and has to go on doing so.
             with preserved_random_state():
@@ -243,11 +240,17 @@ def preserved_random_state() -> Iterator[None]:
             np.random.set_state(numpy)
 
 
-def set_learning_rate(scheduler: LambdaLR, step: int) -> None:
-    """Bring the optimizer to the scheduled rates of `step`, where the schedule changed after it was last asked."""
-    groups = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-    for group, base, factor in groups:
-        group["lr"] = base * factor(step)
+def set_learning_rates(scheduler: LambdaLR, rates: Sequence[float]) -> None:
+    """Set the optimizer's rates for the step at hand, also where they are read for the log; the next follows the
+    schedule."""
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = list(rates)
+
+
+def scheduled_rates(scheduler: LambdaLR, step: int) -> list[float]:
+    """The rates of `step`, where the schedule changed after it was last asked."""
+    return [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
 
 
 def show_total(callbacks: Sequence[TrainerCallback], total: int) -> None:
@@ -268,10 +271,9 @@ class PhaseCallback(TrainerCallback):
         if state.is_world_process_zero:
             logger.info(describe(self.trainer.phases, args))
 
-    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+    def on_pre_optimizer_step(self, args, state, control, lr_scheduler=None, **kwargs):
         if self.trainer.game.pause is not None and self.trainer.likelihood.multiplier == 0:
-            for group in optimizer.param_groups:
-                group["lr"] = 0.0  # the schedule sets it anew after the step
+            set_learning_rates(lr_scheduler, [0.0] * len(lr_scheduler.base_lrs))
 
     def on_step_end(self, args, state, control, **kwargs):
         game = self.trainer.game

@@ -33,7 +33,8 @@ from hf_imitate.trainers.adversarial_setup import (
     check_model,
     check_rewards,
     preserved_random_state,
-    set_learning_rate,
+    scheduled_rates,
+    set_learning_rates,
     show_total,
     with_row_numbers,
 )
@@ -266,7 +267,7 @@ class AdversarialTrainer(AdversarialSaving, GRPOTrainer):
             return
         left, self._entered_phase = self._entered_phase, self.phase
         self._buffered_inputs, self._plateau = None, Plateau()
-        set_learning_rate(self.lr_scheduler, step)
+        set_learning_rates(self.lr_scheduler, scheduled_rates(self.lr_scheduler, step))
         if self.phase == GAME:
             self.likelihood.open_budget(self.model)
             self.game.audit_surface()

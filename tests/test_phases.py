@@ -1,0 +1,70 @@
+"""Three phases in one loop: which step belongs to which, how long a warm-up may last, what the imitator's rate is."""
+
+import pytest
+
+from hf_imitate.trainers.phases import DISTINGUISHER_WARMUP, GAME, IMITATOR_WARMUP, Phases, warmup_caps
+
+
+def names(phases):
+    return [phases.name(step) for step in range(phases.total)]
+
+
+def test_every_step_belongs_to_one_phase_in_order():
+    phases = Phases(2, 3, 4)
+    assert names(phases) == [IMITATOR_WARMUP] * 2 + [DISTINGUISHER_WARMUP] * 3 + [GAME] * 4
+    assert [phases.step_in_phase(step) for step in range(9)] == [0, 1, 0, 1, 2, 0, 1, 2, 3]
+    assert phases.game_start == 5
+
+
+def test_a_step_past_the_end_still_belongs_to_the_game():
+    """The loop asks for the learning rate of the step after the last."""
+    assert Phases(1, 1, 2).name(4) == GAME
+
+
+@pytest.mark.parametrize(("sizes", "first"), [((0, 0, 3), GAME), ((0, 2, 3), DISTINGUISHER_WARMUP)])
+def test_a_warmup_of_no_steps_is_skipped(sizes, first):
+    assert Phases(*sizes).name(0) == first
+
+
+@pytest.mark.parametrize(
+    ("step", "left"), [(0, (0, 5, 7)), (3, (3, 5, 7)), (10, (10, 0, 7)), (12, (10, 2, 7)), (15, (10, 5, 7))]
+)
+def test_ending_a_warmup_makes_its_step_the_first_of_the_next_phase(step, left):
+    phases = Phases(10, 5, 7)
+    before = phases.name(step)
+    phases.end(step)
+    assert (phases.imitator_warmup, phases.distinguisher_warmup, phases.game) == left
+    assert phases.name(step) != before or before == GAME
+    assert phases.step_in_phase(step) == 0
+
+
+def test_the_learning_rate_rises_falls_rests_and_then_follows_the_users_schedule():
+    phases = Phases(20, 2, 3)
+    rates = [phases.learning_rate_factor(step, 10.0, lambda number: 1 / (1 + number)) for step in range(26)]
+    assert rates[0] == pytest.approx(10 * 0.1)
+    assert rates[9] == pytest.approx(10 * (1 - 0.9 * 9 / 20))
+    assert max(rates[:20]) == rates[9]
+    assert rates[19] == pytest.approx(10 * (1 - 0.9 * 19 / 20))
+    assert rates[20:22] == [0.0, 0.0]
+    assert rates[22:] == pytest.approx([1, 1 / 2, 1 / 3, 1 / 4])
+
+
+@pytest.mark.parametrize(
+    ("given", "num_rows", "rows_per_step", "caps"),
+    [
+        (("auto", "auto"), 800, 8, (300, 200)),
+        (("auto", "auto"), 10, 8, (20, 200)),
+        (("auto", "auto"), 801, 8, (301, 200)),
+        (("auto", "auto"), 10**6, 8, (1000, 200)),
+        ((7, 0), 800, 8, (7, 0)),
+        (("auto", 5), 800, 0, (1000, 5)),
+    ],
+)
+def test_an_automatic_warmup_takes_at_most_three_passes_or_two_hundred_steps(given, num_rows, rows_per_step, caps):
+    assert warmup_caps(*given, num_rows, rows_per_step) == caps
+
+
+def test_the_state_rebuilds_the_phases():
+    phases = Phases(10, 5, 7)
+    phases.end(4)
+    assert Phases(**phases.state()) == phases
