@@ -91,7 +91,8 @@ def fastest_num_threads() -> int:
     sizes = {"hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 6, "num_key_value_heads": 2}
     model = Qwen3ForCausalLM(Qwen3Config(vocab_size=1024, num_hidden_layers=2, head_dim=32, **sizes))
     ids = torch.zeros(16, 32, dtype=torch.long)
-    most, seconds = torch.get_num_threads(), {}
+    most = torch.get_num_threads()
+    seconds: dict[int, float] = {}
     for num_threads in (1, most):
         torch.set_num_threads(num_threads)
         times = []
@@ -101,7 +102,7 @@ def fastest_num_threads() -> int:
             times.append(time.perf_counter() - began)
         seconds[num_threads] = float(np.median(times))
     torch.set_num_threads(most)
-    return min(seconds, key=seconds.get)
+    return min(seconds, key=lambda num_threads: seconds[num_threads])
 
 
 # --- training
@@ -201,7 +202,8 @@ class _Clock(TrainerCallback):
     """Times the steps of each phase."""
 
     def __init__(self, trainer: Any):
-        self.trainer, self.seconds, self.began = trainer, {}, 0.0
+        self.trainer, self.began = trainer, 0.0
+        self.seconds: dict[str, list[float]] = {}
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.began = time.perf_counter()

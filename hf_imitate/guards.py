@@ -68,8 +68,8 @@ class Guard:
             return (
                 f"The imitator stops ending its answers: {truncated:.0%} run into the length limit, where {usual:.0%} "
                 "of the human's answers or its own first ones do. It is not paid until that ends. Likely causes: a "
-                "distinguisher too weak at the start (raise `distinguisher_warmup_steps`), or too high a learning rate "
-                "of the imitator."
+                "distinguisher too weak at the start (raise `distinguisher_warmup_steps`), or an imitator that learns "
+                "too fast (lower `learning_rate`)."
             )
         accuracy = 0.5 if self.accuracy is None else self.accuracy
         if spread < VANISHED_SPREAD and accuracy > TOO_STRONG:
@@ -81,8 +81,8 @@ class Guard:
         if self.num_low >= PATIENCE:
             return (
                 f"The distinguisher is below chance (it prefers the imitator's answer in {1 - accuracy:.0%} of "
-                "pairs), so its reward points the wrong way. The imitator waits. Raise `distinguisher_learning_rate` or "
-                "`distinguisher_steps`, or lower the imitator's `learning_rate`."
+                "pairs), so its reward points the wrong way. The imitator waits. Raise "
+                "`distinguisher_learning_rate` or `distinguisher_steps`, or lower the imitator's `learning_rate`."
             )
         return None
 

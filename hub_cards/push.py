@@ -2,6 +2,7 @@
 
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi
 
@@ -85,11 +86,12 @@ def push_folder(
         )
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    return api.upload_folder(
-        folder_path=folder,
-        repo_id=repo_id,
-        revision=revision,
-        commit_message=commit_message,
-        ignore_patterns=list(IGNORED_FILES),
-        run_as_future=run_as_future,
-    )
+    upload: dict[str, Any] = {
+        "folder_path": folder,
+        "repo_id": repo_id,
+        "commit_message": commit_message,
+        "revision": revision,
+        "ignore_patterns": list(IGNORED_FILES),
+    }
+    # Two calls, since the type of the result depends on the flag.
+    return api.upload_folder(**upload, run_as_future=True) if run_as_future else api.upload_folder(**upload)

@@ -343,7 +343,7 @@ def test_questions_without_an_answer_are_an_error_unless_they_are_allowed(tmp_pa
 def test_the_learning_rate_is_that_of_the_imitator_in_the_game(tmp_path, tiny_model_dir):
     trainer = run(tmp_path, tiny_model_dir, learning_rate=5e-4, imitator_warmup_steps=1)
     assert logged(trainer, "learning_rate")[1:] == [5e-4, 5e-4]
-    assert AdversarialConfig("unused").learning_rate == 2e-5
+    assert AdversarialConfig(str(tmp_path)).learning_rate == 2e-5
 
 
 @shows("scale_rewards")

@@ -4,7 +4,6 @@ import json
 import logging
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -241,50 +240,49 @@ import torch
 torch.set_num_threads(1)
 from tiny_runs import make, train
 
-trainer = make(Path({folder!r}), Path({model!r}), push_to_hub=True, hub_model_id="me/me-imitator",
-               imitator_warmup_steps=1, log_completions=True, **{changes!r})
-train(trainer)
-{then}
 api = HfApi()
-commits = [commit.title for commit in api.list_repo_commits("me/me-imitator")]
-print(json.dumps([sorted(api.list_repo_files("me/me-imitator")), commits, api.model_info("me/me-imitator").private]))
+common = dict(push_to_hub=True, imitator_warmup_steps=1, log_completions=True, save_strategy="steps", save_steps=1)
+each = dict(
+    end=dict(hub_strategy="end"),
+    every_save=dict(hub_strategy="every_save", hub_always_push=True, save_total_limit=1),
+)
+for name, changes in each.items():
+    trainer = make(Path({folder!r}) / name, Path({model!r}), hub_model_id="me/" + name, **common, **changes)
+    train(trainer)
+    if name == "end":
+        trainer.push_to_hub(commit_message="Done")
+    files = sorted(api.list_repo_files("me/" + name))
+    titles = [commit.title for commit in api.list_repo_commits("me/" + name)]
+    print("FOUND", json.dumps([name, files, titles, api.model_info("me/" + name).private]))
 """
 
 
-def pushed(tmp_path, model, then="", **changes):
+@pytest.fixture(scope="module")
+def pushed(tmp_path_factory, tiny_model_dir):
+    """Two runs push to a Hub on this machine, one at its end and one with every save: files, commits, privacy."""
+    folder = tmp_path_factory.mktemp("pushed")
     with hub_server() as url:
-        program = PUSHING.format(
-            tests=str(TESTS), folder=str(tmp_path), model=str(model), changes=changes, then=textwrap.dedent(then)
-        )
         done = subprocess.run(
-            [sys.executable, "-c", program],
-            env=hub_environment(url, tmp_path / "home"),
+            [sys.executable, "-c", PUSHING.format(tests=str(TESTS), folder=str(folder), model=str(tiny_model_dir))],
+            env=hub_environment(url, folder / "home"),
             capture_output=True,
             text=True,
             check=False,
         )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    lines = [line.removeprefix("FOUND ") for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    return {name: found for name, *found in map(json.loads, lines)}
 
 
-def test_a_push_is_private_one_commit_and_holds_the_imitator_alone(tmp_path, tiny_model_dir):
-    found, commits, is_private = pushed(
-        tmp_path,
-        tiny_model_dir,
-        "trainer.push_to_hub(commit_message='Done')",
-        hub_strategy="end",
-        save_strategy="steps",
-        save_steps=1,
-    )
+def test_a_push_is_private_one_commit_and_holds_the_imitator_alone(pushed):
+    found, commits, is_private = pushed["end"]
     assert set(found) == {*COMMON, *ADAPTER, *DISTINGUISHER, ".gitattributes"}
     assert commits == ["Done", "initial commit"]
     assert is_private
 
 
-def test_every_save_is_pushed_whole_while_training(tmp_path, tiny_model_dir):
-    found, commits, is_private = pushed(
-        tmp_path, tiny_model_dir, hub_always_push=True, save_strategy="steps", save_steps=1, save_total_limit=1
-    )
+def test_every_save_is_pushed_whole_while_training(pushed):
+    found, commits, is_private = pushed["every_save"]
     assert set(found) == {*COMMON, *ADAPTER, *DISTINGUISHER, ".gitattributes"}
     assert commits == [*(f"Training in progress, step {step}" for step in (3, 2, 1)), "initial commit"]
     assert is_private

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("hf_imitate", "trainers", "hub_cards")
 
 MATH = {"log_probs", "estimators", "losses", "bounds"}
-SHELL = {"cli", "demo"}
+SHELL = {"cli", "demo", "demo_report"}
 MAX_LINES = 400
 
 _MATH_LIBRARIES = {"torch", "numpy", "scipy"}

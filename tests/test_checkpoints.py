@@ -58,8 +58,8 @@ def resumable(folder, model, **changes):
         folder,
         model,
         **{
-            **{"arguments": {"checks": [late]}, "imitator_warmup_steps": 3, "distinguisher_warmup_steps": 3},
-            **{"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "retrodictive_budget": 1.0},
+            **{"arguments": {"checks": [late]}, "imitator_warmup_steps": 2, "distinguisher_warmup_steps": 2},
+            **{"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "retrodictive_budget": 1.0},
             **{"lr_scheduler_type": "linear"},
             **changes,
         },
@@ -90,7 +90,7 @@ def assert_resumes(tmp_path, model, stops, **changes):
 
 def test_an_interrupted_run_goes_on_to_the_last_bit_as_if_it_had_not_been(tmp_path, tiny_model_dir):
     """Interrupted within each of the three phases, and where one ends."""
-    assert_resumes(tmp_path, tiny_model_dir, (1, 3, 5, 8))
+    assert_resumes(tmp_path, tiny_model_dir, (1, 2, 3, 6))
 
 
 def test_a_full_run_over_several_passes_goes_on_in_the_order_of_its_rows(tmp_path, tiny_model_dir):
@@ -98,15 +98,15 @@ def test_a_full_run_over_several_passes_goes_on_in_the_order_of_its_rows(tmp_pat
     whole = assert_resumes(
         tmp_path,
         tiny_model_dir,
-        (6,),
+        (10,),
         full=True,
         per_device_train_batch_size=16,
         imitator_warmup_steps=1,
         distinguisher_warmup_steps=1,
-        max_steps=20,
+        max_steps=18,
         max_completion_length=2,
         heldout_fraction=0.0,
-        save_steps=6,
+        save_steps=10,
     )
     assert whole.state.epoch > 2
 

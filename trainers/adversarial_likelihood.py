@@ -46,8 +46,7 @@ class HumanLikelihood:
         self.multiplier = 1.0 if coefficient is None else coefficient
         weights = [human_rows.rows[i].weight for i in human_rows.train.tolist()]
         self.mean_weight = max(sum(weights) / len(weights), torch.finfo(torch.float32).tiny)
-        self.nats_at_start: float | None = None
-        self.nats_now: float | None = None
+        self.nats_at_start = self.nats_now = math.nan  # until the budget is opened
         self._nats_of_step: list[float] = []
 
     def draw(self, step: int) -> list[HumanRow]:
@@ -93,7 +92,7 @@ class HumanLikelihood:
 
     def open_budget(self, model: nn.Module) -> None:
         """Fix what the budget is counted from: the mean nats before the game's first step."""
-        if self.budget is not None and self.nats_at_start is None:
+        if self.budget is not None and math.isnan(self.nats_at_start):
             ids = self.rows.draw(0, min(BUDGET_ROWS, len(self.rows.train)), stream=4)
             self.nats_at_start = self.nats_now = self.mean_nats(model, ids)
 

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import logging
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -49,13 +49,13 @@ class AdversarialSaving:
     def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
         """As in transformers; `resume_from_checkpoint=True` goes on from the newest checkpoint that is complete."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = newest_complete_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
+            newest = newest_complete_checkpoint(self.args.output_dir)
+            if newest is None:
                 raise ValueError(
                     f"{self.args.output_dir} holds no complete checkpoint to resume from. Start without "
                     "`resume_from_checkpoint`, or give the path of one."
                 )
-            resume_from_checkpoint = str(resume_from_checkpoint)
+            resume_from_checkpoint = str(newest)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     # --- the imitator's repo
@@ -193,7 +193,7 @@ class AdversarialSaving:
             private=private is not False,
             token=token,
             revision=revision or self.args.hub_revision,
-            commit_message=commit_message,
+            commit_message=commit_message or "End of training",
             run_as_future=not blocking,
         )
 
@@ -207,7 +207,7 @@ class AdversarialSaving:
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         # All of it in the background: a network that is away for a moment must not end a run.
         push = self._pushes.submit(
-            push_folder,
+            _push_or_warn,
             checkpoint_folder,
             self.hub_model_id,
             private=self.args.hub_private_repo is not False,
@@ -215,7 +215,6 @@ class AdversarialSaving:
             revision=self.args.hub_revision,
             commit_message=f"Training in progress, step {self.state.global_step}",
         )
-        push.add_done_callback(_say_failure)
         if self.args.save_total_limit is not None:
             wait([push])  # before the folder is deleted to make room
         earlier = self.push_in_progress.jobs if self.push_in_progress is not None else []
@@ -261,7 +260,7 @@ class AdversarialSaving:
                 "cannot be restored. Resume from a checkpoint of AdversarialTrainer made with as many processes."
             )
         stored = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        tensors = load_file(path.with_suffix(".safetensors"), device=str(self.accelerator.device))
+        tensors = load_file(path.with_suffix(".safetensors"))
         learner = self.game.learner
         with torch.no_grad():
             for i, parameter in enumerate(learner.parameters):
@@ -274,7 +273,8 @@ class AdversarialSaving:
                 optimizer["state"].setdefault(int(index), {})[moment] = tensor
         learner.optimizer.load_state_dict(optimizer)
         self._step = stored["step"]
-        self._buffered_inputs = [_buffered(tensors, i) for i in range(stored["num_buffered"])] or None
+        device = self.accelerator.device
+        self._buffered_inputs = [_buffered(tensors, i, device) for i in range(stored["num_buffered"])] or None
         # The warm-ups may have ended early; how long the game lasts is for this run's settings to say.
         self.phases = dataclasses.replace(Phases(**stored["phases"]), game=self.phases.game)
         self._entered_phase, self._last_reading = stored["entered_phase"], stored["last_reading"]
@@ -301,11 +301,15 @@ class AdversarialSaving:
         return Path(folder) / f"{STATE}_{self.accelerator.process_index}"
 
 
-def _buffered(tensors: dict[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]:
+def _buffered(tensors: dict[str, torch.Tensor], index: int, device: torch.device) -> dict[str, torch.Tensor]:
     prefix = f"buffer.{index}."
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): tensor.to(device) for name, tensor in tensors.items() if name.startswith(prefix)
+    }
 
 
-def _say_failure(push: Future) -> None:
-    if push.exception() is not None:
-        logger.warning("A push in the background failed: %s. Training goes on.", push.exception())
+def _push_or_warn(*args: Any, **kwargs: Any) -> None:
+    try:
+        push_folder(*args, **kwargs)
+    except Exception as error:
+        logger.warning("A push in the background failed (%s: %s). Training goes on.", type(error).__name__, error)

@@ -161,6 +161,13 @@ def check_lengths(human_rows: HumanRows, model: PreTrainedModel | PeftModel, arg
             args.max_completion_length,
             "; raise the limit if the ends of answers matter" if cut > total / 100 else "",
         )
+    if len(human_rows.heldout) == 0 and "auto" in (args.imitator_warmup_steps, args.distinguisher_warmup_steps):
+        logger.warning(
+            "No human answers are held out (`heldout_fraction`=%g of %d), so an 'auto' warm-up cannot tell when it "
+            "stops helping and takes its most steps.",
+            args.heldout_fraction,
+            total,
+        )
     if human_rows.num_repeated_heldout:
         logger.warning(
             "%d of %d held-out answers also stand, with the same question, in rows that are trained on: held-out "
@@ -279,7 +286,8 @@ class PhaseCallback(TrainerCallback):
         game = self.trainer.game
         if game.pause is None:
             game.paused_since = None
-        elif game.paused_since is None:
+            return
+        if game.paused_since is None:
             game.paused_since = state.global_step - 1
         if game.guard.should_stop and not control.should_training_stop:
             control.should_training_stop = True

@@ -177,7 +177,7 @@ class AdversarialTrainer(AdversarialSaving, GRPOTrainer):
         self.distinguisher = build_distinguisher(
             distinguisher, self.model, self._tokenizer, args, self.checks, peft_config, distinguisher_peft_config
         )
-        self.distinguisher.place(self.accelerator.device, self.accelerator.autocast, args.gradient_checkpointing)
+        self.distinguisher.place(self.accelerator.device, self.accelerator.autocast, bool(args.gradient_checkpointing))
         for parameter in self.distinguisher.trainable_parameters():
             # TRL seeds every process differently, so what was made here differs until it is sent round.
             broadcast(parameter.data)
@@ -350,7 +350,7 @@ class AdversarialTrainer(AdversarialSaving, GRPOTrainer):
         with preserved_random_state():
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """TRL's metrics and ours, with the phase of the last step."""
         mode = "train" if self.model.training else "eval"
         values = self._tally.flush(mode)

@@ -7,7 +7,9 @@ class Tally:
     """Sums of numerators and denominators, per mode ("train" or "eval") and metric."""
 
     def __init__(self):
-        self._sums = {mode: defaultdict(lambda: [0.0, 0.0]) for mode in ("train", "eval")}
+        self._sums: dict[str, dict[str, list[float]]] = {
+            mode: defaultdict(lambda: [0.0, 0.0]) for mode in ("train", "eval")
+        }
 
     def add(self, mode: str, name: str, total: float, count: float) -> None:
         """Add `total` over `count` things; nothing is logged for a metric whose count stays 0."""
