@@ -165,9 +165,11 @@ def test_the_coefficient_scales_the_likelihood_gradient_alone(tmp_path, tiny_mod
 
 
 @shows("retrodictive_budget")
-def test_the_budget_moves_the_multiplier_by_the_nats_it_is_short_of(tmp_path, tiny_model_dir):
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_budget_moves_the_multiplier_once_a_step_by_the_nats_it_is_short_of(tmp_path, tiny_model_dir, parts):
+    split = {"per_device_train_batch_size": 8 // parts, "gradient_accumulation_steps": parts}
     free, tight = (
-        run(tmp_path, tiny_model_dir, retrodictive_budget=budget, max_steps=1, learning_rate=1e-6)
+        run(tmp_path, tiny_model_dir, retrodictive_budget=budget, max_steps=1, learning_rate=1e-6, **split)
         for budget in (3.0, 0.0)
     )
     for trainer in (free, tight):

@@ -338,6 +338,7 @@ def test_building_a_distinguisher_leaves_the_random_state_to_the_process(tmp_pat
     """TRL seeds every process differently; a common seed after it made them all sample the same answers."""
     trainer = make(tmp_path, tiny_model_dir)
     trainer.model.delete_adapter("distinguisher")
+    torch.manual_seed(12345)
     before = torch.get_rng_state()
     build_distinguisher(None, trainer.model, trainer._tokenizer, trainer.args, [], lora(), None)
     assert torch.equal(torch.get_rng_state(), before)
@@ -348,8 +349,9 @@ import sys
 import torch
 sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
-from tiny_runs import Watched, distinguisher_weights, imitator_weights, make, rows, train
+from tiny_runs import Watched, distinguisher_weights, imitator_weights, lora, make, rows, train
 from pathlib import Path
+from hf_imitate import Distinguisher
 
 answers = [("abc" if i % 8 == 0 else None) for i in range(32)]
 dataset = rows().remove_columns("completion").add_column("completion", answers)
@@ -359,8 +361,14 @@ trainer = make(Path({folder!r}), Path({model!r}), dataset, kind=Watched, allow_u
 start = torch.get_rng_state()
 train(trainer)
 trainer.evaluate()
-torch.save({{"start": start, "imitator": imitator_weights(trainer), "distinguisher": distinguisher_weights(trainer),
-             "batches": trainer.batches}}, {folder!r} + f"/rank{{trainer.accelerator.process_index}}.pt")
+rank = trainer.accelerator.process_index
+# Each process makes a distinguisher of its own; the first one's holds.
+given = Distinguisher.from_causal_lm({model!r}, peft_config=lora(), seed=rank)
+other = make(Path({folder!r}), Path({model!r}), dataset, allow_unlabelled=True, use_cpu=True,
+             per_device_train_batch_size=2, arguments={{"distinguisher": given}}, max_steps=1)
+found = {{"start": start, "batches": trainer.batches, "imitator": imitator_weights(trainer),
+         "distinguisher": distinguisher_weights(trainer), "other": distinguisher_weights(other)}}
+torch.save(found, {folder!r} + f"/rank{{rank}}.pt")
 """
 
 
@@ -368,10 +376,10 @@ torch.save({{"start": start, "imitator": imitator_weights(trainer), "distinguish
 def test_two_processes_keep_one_distinguisher_though_most_questions_are_unlabelled(tmp_path, tiny_model_dir):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.format(tests=str(TESTS), folder=str(tmp_path), model=str(tiny_model_dir)))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29613"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*launcher, str(program)],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)},
         capture_output=True,
         text=True,
         timeout=200,
@@ -381,6 +389,7 @@ def test_two_processes_keep_one_distinguisher_though_most_questions_are_unlabell
     one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert same(one["distinguisher"], two["distinguisher"])
     assert same(one["imitator"], two["imitator"])
+    assert same(one["other"], two["other"])
     assert not torch.equal(one["start"], two["start"])
     # A question's four generations lie on both processes; what is paid is centred over all of them.
     game = [batch for batch in one["batches"] if "advantages" in batch][2:5]
