@@ -8,6 +8,8 @@ from scipy.stats import beta, binom, norm
 
 
 class Interval(NamedTuple):
+    """Both ends of an interval, `low` <= `high`."""
+
     low: float
     high: float
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_imitate.checks import Check, check_outcomes
 from hf_imitate.human_rows import HumanRow, without_internal
 from hf_imitate.pairs import Learner, Pair, comparable
-from hf_imitate.rendering import Answer
+from hf_imitate.rendering import Answer, canonical_text
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,19 @@ def run_checks(
     checks: Sequence[Check],
     rows: Sequence[dict[str, Any]],
     prompts: Sequence[str | list],
-    completions: Sequence[str | list],
+    answers: Sequence[Answer],
+    humans: Sequence[HumanRow | None],
     completion_ids: Sequence[list[int]],
 ) -> tuple[Tensor, Tensor]:
     """Outcomes of the checks on the imitator's answers and on the humans', each check called once per side.
 
+    Both sides' texts are canonical and cut at the same limit: otherwise a check would find out which side it looks at.
+
     Args:
         rows: the data set's rows behind the answers. N; every column but question and answer reaches the checks.
-        prompts, completions, completion_ids: what was asked and what the imitator answered. N.
+        prompts: what was asked. N.
+        answers, completion_ids: what the imitator answered. N.
+        humans: what the human answered, `None` where no answer is known. N.
 
     Returns:
         Imitator's and humans' outcomes, NaN where a check does not apply or no human answered. [N, C] each.
@@ -71,17 +76,24 @@ def run_checks(
         for key in without_internal(rows[0])
         if key not in ("prompt", "completion", "completion_ids")
     }
-    outcomes = check_outcomes(checks, prompts, completions, completion_ids, **columns)
+    shown = [_as_completion(answer, prompt) for answer, prompt in zip(answers, prompts, strict=True)]
+    outcomes = check_outcomes(checks, prompts, shown, completion_ids, **columns)
     human_outcomes = torch.full_like(outcomes, torch.nan)
-    known = [i for i, row in enumerate(rows) if row["completion"] is not None]
+    known = {i: human.answer for i, human in enumerate(humans) if human is not None}
     if known and checks:
-        human_outcomes[known] = check_outcomes(
+        human_outcomes[list(known)] = check_outcomes(
             checks,
             [prompts[i] for i in known],
-            [rows[i]["completion"] for i in known],
+            [_as_completion(answer, prompts[i]) for i, answer in known.items()],
             **{key: [values[i] for i in known] for key, values in columns.items()},
         )
     return outcomes, human_outcomes
+
+
+def _as_completion(answer: Answer, prompt: str | list) -> str | list[dict[str, str]]:
+    """An answer in the form that the data set has it in."""
+    text = canonical_text(answer.text)
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
 class Scores(NamedTuple):

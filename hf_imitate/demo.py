@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -58,11 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _stage("Real text"):
         pairs = load_docstrings()
         short = pairs.filter(lambda prompt: len(prompt) <= PROMPT_CHARACTERS, input_columns="prompt")
+        # Not by answer: with stock phrases on one side only, the split itself would tell the authors apart.
         dataset = split_by_question(short, test_size=NUM_QUESTIONS, seed=args.seed)
+        num_known = len(set(dataset["train"]["completion"]) & set(dataset["test"]["completion"]))
         print(
             f"{len(pairs)} pairs: a function's signature, and the first line of the docstring that its author wrote.\n"
             f"{len(pairs) - len(short)} with signatures over {PROMPT_CHARACTERS} characters are left out; "
-            f"{len(dataset['train'])} train, {len(dataset['test'])} are held out, by question."
+            f"{len(dataset['train'])} train, {len(dataset['test'])} are held out, by question "
+            f"({num_known} of their answers also stand under other questions, trained on)."
         )
     with _stage("A base model"):
         path = args.model or str(tiny_base(max_seconds=BASE_SECONDS / args.speed_up))
@@ -159,6 +163,7 @@ def _trainer(path: str, rows: Dataset, output_dir: str, plan: dict[str, int], se
         distinguisher_learning_rate=1e-3,
         adam_beta1=0.5,
         retrodictive_coef=1.0,
+        use_cpu=True,
         report_to="none",
         save_strategy="no",
         **{"logging_steps": 50, **settings},
@@ -169,11 +174,12 @@ def _trainer(path: str, rows: Dataset, output_dir: str, plan: dict[str, int], se
 def _plan(path: str, rows: Dataset, seconds: float, seed: int) -> dict[str, int]:
     """How many steps of each phase fit into the time, from the speed of a few steps that are thrown away."""
     few = {"imitator_warmup": 3, "distinguisher_warmup": 3, "game": 3}
-    trainer = _trainer(path, rows.select(range(512)), "unused", few, seed, disable_tqdm=True, logging_steps=1000)
-    trainer.remove_callback(PrinterCallback)
-    clock = _Clock(trainer)
-    trainer.add_callback(clock)
-    trainer.train()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = _trainer(path, rows.select(range(512)), folder, few, seed, disable_tqdm=True, logging_steps=1000)
+        trainer.remove_callback(PrinterCallback)
+        clock = _Clock(trainer)
+        trainer.add_callback(clock)
+        trainer.train()
     cost = {phase: min(times) for phase, times in clock.seconds.items()}
     plan = {phase: max(int(seconds * SHARES[phase] / cost[phase]), 3) for phase in few}
     plan["imitator_warmup"] = min(plan["imitator_warmup"], 5 * len(rows) // BATCH)
@@ -261,6 +267,8 @@ def measure(models: dict[str, PreTrainedModel], base: str, rows: Dataset, second
         seconds: time for all of it; on a slow machine there are fewer questions and shorter trained judges.
     """
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     systems = [
         System("base", models["base"], 1.0),
         *(System(f"SFT, T={temperature:g}", models["sft"], temperature) for temperature in (0.7, 0.85, 1.0)),
@@ -328,7 +336,7 @@ def check_saved(model: PreTrainedModel, output_dir: Path) -> None:
     Raises:
         RuntimeError: what was saved is not what was trained.
     """
-    loaded = Imitator.from_pretrained(str(output_dir))
+    loaded = Imitator.from_pretrained(str(output_dir), device="cpu")
     question = "def read(path):\n"
     ids = loaded.tokenizer(question, return_tensors="pt")["input_ids"]
     with torch.no_grad():

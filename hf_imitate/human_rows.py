@@ -50,15 +50,17 @@ class HumanRows:
             chunk_weights = None if weights is None else [weights[i] for i in ids]
             rendered = render_humans(renderer, chunk["prompt"], chunk["completion"], chunk_weights)
             self.rows.update(zip(ids, rendered, strict=True))
-        num_heldout = round(heldout_fraction * len(labelled))
-        shuffled = np.random.default_rng([seed, 1]).permutation(labelled)
+        # A row of weight 0 teaches nothing, so it takes no place in a batch or among the held-out rows.
+        useful = [i for i in labelled if self.rows[i].weight > 0]
+        num_heldout = round(heldout_fraction * len(useful))
+        shuffled = np.random.default_rng([seed, 1]).permutation(useful)
         self.heldout = np.sort(shuffled[:num_heldout])
         self.train = np.sort(shuffled[num_heldout:])
         self.is_heldout = set(self.heldout.tolist())
         if len(self.train) == 0:
             raise ValueError(
-                f"`heldout_fraction`={heldout_fraction} holds out all {len(labelled)} answered rows. Lower it, or add "
-                "rows."
+                f"`heldout_fraction`={heldout_fraction} holds out all {len(useful)} answered rows of positive "
+                "weight. Lower it, or add rows."
             )
 
     @property

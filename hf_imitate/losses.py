@@ -126,7 +126,9 @@ def imitator_reward(
 
 def penalize_truncated(rewards: Tensor, truncated: Tensor) -> Tensor:
     """Give each truncated answer the lowest reward of its question's generations. [Q, G]."""
-    lowest = rewards.min(dim=1, keepdim=True).values.expand_as(rewards)
+    # NaN is a reward that was not given; it is nobody's lowest.
+    lowest = torch.where(rewards.isnan(), torch.inf, rewards).min(dim=1, keepdim=True).values.expand_as(rewards)
+    lowest = torch.where(lowest.isinf(), rewards, lowest)
     return torch.where(truncated, lowest, rewards)
 
 

@@ -209,7 +209,14 @@ def test_checks_are_called_once_per_side_with_the_same_questions_and_columns():
         {"prompt": "s", "completion": "abcde", "key": 3, ROW_COLUMN: 2},
     ]
 
-    outcomes, human_outcomes = run_checks([spy], rows, ["q", "r", "s"], ["x", "xy", ""], [[1], [2], [3]])
+    outcomes, human_outcomes = run_checks(
+        [spy],
+        rows,
+        ["q", "r", "s"],
+        [Answer("x", True), Answer("xy", True), Answer("", True)],
+        [human_row("abc"), None, human_row("abcde")],
+        [[1], [2], [3]],
+    )
 
     assert calls == [
         (["q", "r", "s"], ["x", "xy", ""], [[1], [2], [3]], {"key": [1, 2, 3]}),
@@ -222,8 +229,29 @@ def test_checks_are_called_once_per_side_with_the_same_questions_and_columns():
 def test_without_human_answers_no_check_is_asked_about_them():
     rows = [{"prompt": "q", "completion": None}]
 
-    outcomes, human_outcomes = run_checks([is_short], rows, ["q"], ["x"], [[1]])
+    outcomes, human_outcomes = run_checks([is_short], rows, ["q"], [Answer("x", True)], [None], [[1]])
 
     assert outcomes.tolist() == [[1.0]]
     assert human_outcomes.isnan().all()
-    assert run_checks([], rows, ["q"], ["x"], [[1]])[0].shape == (1, 0)
+    assert run_checks([], rows, ["q"], [Answer("x", True)], [None], [[1]])[0].shape == (1, 0)
+
+
+def human_row(text, ended=True):
+    return HumanRow(Rendered([1], [2], ended), Answer(text, ended), 1.0, len(text))
+
+
+def test_a_check_cannot_tell_a_cut_or_untidy_human_answer_by_its_form():
+    """Checks once saw the human's raw text, trailing blanks and all, beside the imitator's cut one."""
+    seen = []
+
+    def spy(prompts, completions, completion_ids=None, **columns):
+        seen.append(completions)
+        return [1.0] * len(completions)
+
+    rows = [{"prompt": "q", "completion": "Set the name and return it  \r\n", ROW_COLUMN: 0}]
+    run_checks([spy], rows, ["q"], [Answer("Set the \n", False)], [human_row("Set the ", ended=False)], [[1]])
+    chat = [{"role": "user", "content": "q"}]
+    run_checks([spy], rows, [chat], [Answer("Set the", True)], [human_row("Set the")], [[1]])
+
+    assert seen[:2] == [["Set the"], ["Set the"]]
+    assert seen[2] == seen[3] == [[{"role": "assistant", "content": "Set the"}]]

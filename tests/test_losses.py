@@ -343,3 +343,12 @@ def test_the_multiplier_grows_with_the_violation_and_stays_within_its_bounds():
     for _ in range(1000):
         high, low = updated_multiplier(high, 1e9), updated_multiplier(low, -1e9)
     assert (high, low) == (100.0, 0.01)
+
+
+def test_a_reward_that_was_not_given_is_nobodys_lowest():
+    rewards = torch.tensor([[1.0, float("nan"), 0.2, 3.0], [float("nan"), float("nan"), 1.0, 2.0]])
+    cut = torch.tensor([[False, False, False, True], [True, False, False, False]])
+    penalized = penalize_truncated(rewards, cut)
+    assert penalized[0, 3] == pytest.approx(0.2)
+    assert penalized[1, 0] == pytest.approx(1.0)
+    assert penalized[0, 1].isnan()

@@ -75,7 +75,6 @@ class Game:
         rewards: Tensor,
         rows: list[dict[str, Any]],
         prompts: list,
-        completions: list,
         completion_ids: list[list[int]],
         *,
         num_generations: int,
@@ -88,7 +87,7 @@ class Game:
         Args:
             rewards: gathered rewards of the user's functions; column 0 is the distinguisher's. [N, F] over all
                 processes, a question's generations in a row.
-            rows, prompts, completions, completion_ids: this process's share.
+            rows, prompts, completion_ids: this process's share.
             phase: "distinguisher_warmup" or "game"; `None` only scores.
             step: number of the generation batch's first micro-step; draws depend on it alone.
             lr_scale: share of the distinguisher's learning rate.
@@ -96,7 +95,7 @@ class Game:
         Returns:
             Rewards, [N, F]; NaN rows have left their group.
         """
-        batch = self._round(rows, prompts, completions, completion_ids, is_train=phase is not None)
+        batch = self._round(rows, prompts, completion_ids, is_train=phase is not None)
         scores = judge(
             self.learner, batch, max_rows=self.learner.max_rows, **self._lesson(batch, phase, step, lr_scale)
         )
@@ -118,7 +117,7 @@ class Game:
         self._watch(phase, s_imitator, s_human, cut, paid, batch)
         return rewards
 
-    def _round(self, rows, prompts, completions, completion_ids, is_train: bool) -> Round:
+    def _round(self, rows, prompts, completion_ids, is_train: bool) -> Round:
         known = [i for i, row in enumerate(rows) if row["completion"] is not None]
         if is_train:
             questions = [int(row[ROW_COLUMN]) for row in rows]
@@ -133,8 +132,8 @@ class Game:
             humans = [by_row.get(i) for i in range(len(rows))]
             starts = [i == 0 or rows[i] != rows[i - 1] for i in range(len(rows))]
             questions, heldout = list(accumulate(starts)), [False] * len(rows)
-        outcomes, human_outcomes = run_checks(self.checks, rows, prompts, completions, completion_ids)
         answers = [self.renderer.read(ids) for ids in completion_ids]
+        outcomes, human_outcomes = run_checks(self.checks, rows, prompts, answers, humans, completion_ids)
         return Round(questions, heldout, prompts, answers, humans, outcomes, human_outcomes)
 
     def _lesson(self, batch: Round, phase: str | None, step: int, lr_scale: float) -> dict[str, Any]:
@@ -250,7 +249,7 @@ class Game:
         accuracy = paired_wins(s_human[known], s_imitator[known]).mean().item() if known.any() else None
         spread = paid.nan_to_num().std(dim=1).mean().item()
         share_cut = gather(torch.tensor([self._human_cut(batch)], device=cut.device)).mean().item()
-        self.pause = self.guard.update(accuracy, spread, cut.float().mean().item(), share_cut)
+        self.pause = self.guard.update(accuracy, spread, cut.float().mean().item(), share_cut, num_answers=cut.numel())
         if self.pause and self.guard.is_news(self.pause) and self.accelerator.is_main_process:
             logger.warning(self.pause)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import os
 from concurrent.futures import ThreadPoolExecutor, wait
 from importlib.metadata import version
 from pathlib import Path
@@ -44,6 +45,7 @@ class AdversarialSaving:
 
     def __init__(self, *args, **kwargs):
         self._pushes = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push")
+        self._step_of_weights: int | None = None  # of the best checkpoint, once it was loaded
         super().__init__(*args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
@@ -56,6 +58,7 @@ class AdversarialSaving:
                     "`resume_from_checkpoint`, or give the path of one."
                 )
             resume_from_checkpoint = str(newest)
+        self._step_of_weights = None
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     # --- the imitator's repo
@@ -98,13 +101,15 @@ class AdversarialSaving:
 
     def imitation_facts(self) -> dict[str, Any]:
         """How to rebuild the imitator, without a row of the data."""
-        config = self.model.config
+        name = self.model.config._name_or_path
         rows = self.likelihood.rows
         return {
             "version": 1,
             "objective": "adversarial",
-            "base_model": config._name_or_path,
-            "base_revision": getattr(config, "_commit_hash", None),
+            # Of a local base the last part only: the rest is nobody's business.
+            "base_model": Path(name).name if os.path.isdir(name) else name,
+            "base_is_local": os.path.isdir(name),
+            "base_revision": getattr(self.model.config, "_commit_hash", None),
             "dataset": {
                 "num_rows": len(self.train_dataset),
                 "num_labelled": len(rows.rows),
@@ -123,7 +128,9 @@ class AdversarialSaving:
     def card_facts(self, model_name: str | None = None, dataset_name: str | None = None) -> CardFacts:
         """What this run can truthfully say about itself."""
         facts = self.imitation_facts()
-        last = {key: value for entry in self.state.log_history for key, value in entry.items()}
+        newest = self.state.global_step if self._step_of_weights is None else self._step_of_weights
+        entries = [entry for entry in self.state.log_history if entry.get("step", 0) <= newest]
+        last = {key: value for entry in entries for key, value in entry.items()}
         units = {
             "eval_retrodiction/bits_per_answer": "bits",
             "eval_retrodiction/bits_per_byte": "bits",
@@ -135,7 +142,7 @@ class AdversarialSaving:
             model_name=model_name or Path(self.args.output_dir).name,
             objective=self._name,
             repo_id=self.hub_model_id,
-            base_model=facts["base_model"] or None,
+            base_model=self.model.config._name_or_path or None,
             base_revision=facts["base_revision"],
             papers=(Paper(**self._paper),),
             dataset_name=dataset_name,
@@ -262,9 +269,7 @@ class AdversarialSaving:
         stored = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         tensors = load_file(path.with_suffix(".safetensors"))
         learner = self.game.learner
-        with torch.no_grad():
-            for i, parameter in enumerate(learner.parameters):
-                parameter.copy_(tensors[f"parameter.{i}"])
+        self._load_distinguisher(tensors)
         optimizer = learner.optimizer.state_dict()
         optimizer["state"] = {}
         for name, tensor in tensors.items():
@@ -296,6 +301,26 @@ class AdversarialSaving:
                 folder = Path(resume_from_checkpoint) / ("" if name == "default" else name)
                 self.model.load_adapter(str(folder), name, is_trainable=name == active)
         self.model.set_adapter(active)
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self._step_of_weights = self.state.best_global_step
+        path = self._state_path(self.state.best_model_checkpoint).with_suffix(".safetensors")
+        if path.exists():
+            self._load_distinguisher(load_file(path))
+            return
+        logger.warning(
+            "The best checkpoint %s holds no %s, so the imitator is that of step %d and the distinguisher that of the "
+            "last step. Set `save_only_model=False` to have both of one step.",
+            self.state.best_model_checkpoint,
+            path.name,
+            self.state.best_global_step,
+        )
+
+    def _load_distinguisher(self, tensors: dict[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            for i, parameter in enumerate(self.game.learner.parameters):
+                parameter.copy_(tensors[f"parameter.{i}"])
 
     def _state_path(self, folder: str) -> Path:
         return Path(folder) / f"{STATE}_{self.accelerator.process_index}"

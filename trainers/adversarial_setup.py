@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import logging
+import os
 import random
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from hf_imitate.classifier import default_peft_config
 from hf_imitate.distinguisher import ADAPTER_NAME, Distinguisher
 from hf_imitate.human_rows import ROW_COLUMN, HumanRows
 from hf_imitate.rows import check_columns, completion_role
-from hf_imitate.trainers.adversarial_config import AdversarialConfig
+from hf_imitate.trainers.adversarial_config import LOWEST_BITS, AdversarialConfig
 from hf_imitate.trainers.checkpoints import newest_complete_checkpoint
 from hf_imitate.trainers.phases import Phases
 
@@ -64,6 +65,21 @@ def check_data(train_dataset: Any, eval_dataset: Any, args: AdversarialConfig) -
         )
 
 
+def check_best_metric(eval_dataset: Any, args: AdversarialConfig) -> None:
+    """Check that the metric of the best checkpoint will be measured.
+
+    Raises:
+        ValueError: there are several evaluation sets, and none of them was chosen.
+    """
+    unnamed = (LOWEST_BITS, LOWEST_BITS.removeprefix("eval_"))
+    if isinstance(eval_dataset, dict) and args.metric_for_best_model in unnamed:
+        choices = [LOWEST_BITS.replace("eval_", f"eval_{name}_", 1) for name in eval_dataset]
+        raise ValueError(
+            f"`eval_dataset` holds {len(choices)} sets, and `metric_for_best_model` does not say which of them finds "
+            f"the best checkpoint. Set it to one of {choices}."
+        )
+
+
 def _check_names_and_roles(dataset: Dataset, name: str) -> None:
     taken = sorted(RESERVED_COLUMNS & set(dataset.column_names))
     if taken:
@@ -104,11 +120,16 @@ def check_rewards(reward_funcs: Sequence[Any], weights: Sequence[float] | None) 
 
 
 def check_model(model: Any) -> None:
-    """Check a model that is given as an object.
+    """Check the imitator's model before anything is loaded or changed.
 
     Raises:
-        ValueError: an adapter could not be trained, saved or told from the distinguisher's.
+        ValueError: a path holds an adapter; an adapter could not be trained, saved or told from the distinguisher's.
     """
+    if isinstance(model, str) and os.path.isfile(os.path.join(model, "adapter_config.json")):
+        raise ValueError(
+            f"`model` {model!r} is a folder with an adapter, perhaps an imitator trained before. To go on training "
+            "it, pass `AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True)` and no `peft_config`."
+        )
     if not isinstance(model, PeftModel):
         return
     adapters = list(model.peft_config)

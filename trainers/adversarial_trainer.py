@@ -28,6 +28,7 @@ from hf_imitate.trainers.adversarial_setup import (
     DISTINGUISHER_REWARD,
     PhaseCallback,
     build_distinguisher,
+    check_best_metric,
     check_data,
     check_lengths,
     check_model,
@@ -150,6 +151,7 @@ class AdversarialTrainer(AdversarialSaving, GRPOTrainer):
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         check_rewards(reward_funcs, args.reward_weights)
         check_data(train_dataset, eval_dataset, args)
+        check_best_metric(eval_dataset, args)
         check_model(model)
         # TRL counts the distinguisher's reward, too; the user's settings stay as they were given.
         weights, args.reward_weights = args.reward_weights, None
@@ -177,6 +179,8 @@ class AdversarialTrainer(AdversarialSaving, GRPOTrainer):
         self.distinguisher = build_distinguisher(
             distinguisher, self.model, self._tokenizer, args, self.checks, peft_config, distinguisher_peft_config
         )
+        # In the order of the learned weights, which a distinguisher that was trained before brings along.
+        self.checks = list(self.distinguisher.checks)
         self.distinguisher.place(self.accelerator.device, self.accelerator.autocast, bool(args.gradient_checkpointing))
         for parameter in self.distinguisher.trainable_parameters():
             # TRL seeds every process differently, so what was made here differs until it is sent round.
@@ -317,7 +321,6 @@ class AdversarialTrainer(AdversarialSaving, GRPOTrainer):
             rewards,
             inputs,
             prompts,
-            completions,
             completion_ids_list,
             num_generations=self.num_generations if is_train else self.num_generations_eval,
             phase=phase,
