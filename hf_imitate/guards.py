@@ -1,10 +1,13 @@
 """When a game between imitator and distinguisher has gone wrong, and what to say about it."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 DECAY = 0.9
 TRUNCATION_MARGIN = 0.10
+NUM_STANDARD_ERRORS = 3
+NUM_AT_START = 64  # answers; fewer do not tell what is usual for the imitator
 BELOW_CHANCE = 0.40
 TOO_STRONG = 0.98
 VANISHED_SPREAD = 1e-3  # nats; rewards of a question's answers that differ by less carry no direction
@@ -23,7 +26,10 @@ class Guard:
     Attributes:
         accuracy: moving average of the paired accuracy on fresh answers; `None` before the first.
         truncated, truncated_human: moving averages of the share of answers cut at the limit, per side.
-        truncated_at_start: that share over the first batch of the game.
+        truncated_at_start: that share over the first batches of the game, as many as hold 64 answers.
+        num_at_start: how many answers that were.
+        squared_weights: sum of the squared weights of the batches in the moving averages: 1 divided by how many
+            batches' worth of answers they hold (about 19 after a while).
         num_low: generation batches in a row with the accuracy below chance.
         num_paused: generation batches in a row without a step of the imitator.
         said: reasons already given, each once per pause.
@@ -33,17 +39,28 @@ class Guard:
     truncated: float | None = None
     truncated_human: float | None = None
     truncated_at_start: float | None = None
+    num_at_start: int = 0
+    squared_weights: float = 1.0
     num_low: int = 0
     num_paused: int = 0
     said: list[str] = field(default_factory=list)
 
-    def update(self, accuracy: float | None, spread: float, truncated: float, truncated_human: float) -> str | None:
+    def update(
+        self,
+        accuracy: float | None,
+        spread: float,
+        truncated: float,
+        truncated_human: float,
+        num_answers: int = 512,
+    ) -> str | None:
         """Take in one generation batch of the game.
 
         Args:
             accuracy: paired accuracy on it; `None` without labelled questions.
             spread: mean over questions of the standard deviation of rewards, nats.
             truncated, truncated_human: share of answers cut at the limit, per side.
+            num_answers: the imitator's answers in it, over all processes; how far a share may be off by chance
+                depends on it.
 
         Returns:
             The reason to pause the imitator on this batch, in plain words, or `None`.
@@ -51,20 +68,26 @@ class Guard:
         if accuracy is not None:
             self.accuracy = _moved(self.accuracy, accuracy)
             self.num_low = self.num_low + 1 if self.accuracy < BELOW_CHANCE else 0
-        if self.truncated_at_start is None:
-            self.truncated_at_start = truncated
+        if self.num_at_start < NUM_AT_START:
+            cut = (self.truncated_at_start or 0.0) * self.num_at_start + truncated * num_answers
+            self.num_at_start += num_answers
+            self.truncated_at_start = cut / self.num_at_start
+        if self.truncated is not None:
+            self.squared_weights = DECAY**2 * self.squared_weights + (1 - DECAY) ** 2
         self.truncated, self.truncated_human = (
             _moved(self.truncated, truncated),
             _moved(self.truncated_human, truncated_human),
         )
-        reason = self._reason(spread, self.truncated, max(self.truncated_human, self.truncated_at_start))
+        usual = max(self.truncated_human, self.truncated_at_start or 0.0)
+        reason = self._reason(spread, self.truncated, usual, num_answers / self.squared_weights)
         self.num_paused = self.num_paused + 1 if reason else 0
         if not reason:
             self.said.clear()
         return reason
 
-    def _reason(self, spread: float, truncated: float, usual: float) -> str | None:
-        if truncated > usual + TRUNCATION_MARGIN:
+    def _reason(self, spread: float, truncated: float, usual: float, num_averaged: float) -> str | None:
+        noise = NUM_STANDARD_ERRORS * _standard_error(truncated, num_averaged, usual, self.num_at_start)
+        if self.num_at_start >= NUM_AT_START and truncated > usual + max(TRUNCATION_MARGIN, noise):
             return (
                 f"The imitator stops ending its answers: {truncated:.0%} run into the length limit, where {usual:.0%} "
                 "of the human's answers or its own first ones do. It is not paid until that ends. Likely causes: a "
@@ -102,6 +125,12 @@ class Guard:
     def state(self) -> dict[str, Any]:
         """JSON-ready state."""
         return asdict(self)
+
+
+def _standard_error(share: float, num: float, other: float, num_other: float) -> float:
+    """Of the difference of two shares, were they of one law (binomial, pooled)."""
+    pooled = (share * num + other * num_other) / (num + num_other)
+    return math.sqrt(max(pooled * (1 - pooled), 0.0) * (1 / num + 1 / num_other))
 
 
 def _moved(average: float | None, value: float) -> float:

@@ -430,6 +430,14 @@ def test_only_an_explicit_false_makes_pushes_public(tmp_path):
         ({"min_p": 0.1}, r"`min_p` is 0.1"),
         ({"repetition_penalty": 1.1}, r"`repetition_penalty` is 1.1"),
         ({"generation_kwargs": {"top_k": 5}}, r"`top_k` is 5"),
+        ({"generation_kwargs": {"do_sample": False}}, r"`do_sample` is False"),
+        ({"generation_kwargs": {"no_repeat_ngram_size": 2}}, r"`generation_kwargs` has \['no_repeat_ngram_size'\]"),
+        ({"generation_kwargs": {"eos_token_id": 3, "typical_p": 0.9}}, r"has \['eos_token_id', 'typical_p'\]"),
+        ({"mask_truncated_completions": True}, r"`mask_truncated_completions` is True.*`truncated_answers='drop'`"),
+        ({"importance_sampling_level": "sequence"}, r"`importance_sampling_level` is 'sequence'.*Leave it at 'token'"),
+        ({"multi_objective_aggregation": "normalize_then_sum"}, r"`multi_objective_aggregation` is 'normalize_then_"),
+        ({"top_entropy_quantile": 0.2}, r"`top_entropy_quantile` is 0.2"),
+        ({"off_policy_mask_threshold": 0.5}, r"`off_policy_mask_threshold` is 0.5"),
         ({"generation_kwargs": '{"temperature": 0.5}'}, r"`temperature` is 0.5"),
         ({"remove_unused_columns": True}, r"`remove_unused_columns` is True"),
         ({"hub_strategy": "all_checkpoints"}, r"`hub_strategy` is 'all_checkpoints'"),
@@ -445,6 +453,11 @@ def test_a_bad_setting_is_named_with_its_value_before_a_model_loads(tmp_path, ch
         settings(tmp_path, **changes)
 
 
+def test_generation_settings_that_leave_the_law_alone_are_free(tmp_path):
+    neutral = {"use_cache": False, "pad_token_id": 0, "do_sample": True, "top_k": 0}
+    assert settings(tmp_path, generation_kwargs=neutral).generation_kwargs == neutral
+
+
 def test_steps_from_a_command_line_are_numbers(tmp_path):
     config = settings(tmp_path, imitator_warmup_steps="12", distinguisher_warmup_steps="auto")
     assert (config.imitator_warmup_steps, config.distinguisher_warmup_steps) == (12, "auto")
@@ -455,6 +468,8 @@ def test_the_best_checkpoint_is_by_default_the_one_with_the_fewest_bits(tmp_path
     config = settings(tmp_path, **best)
     assert (config.metric_for_best_model, config.greater_is_better) == ("eval_retrodiction/bits_per_answer", False)
     assert settings(tmp_path, **best, metric_for_best_model="eval_loss").metric_for_best_model == "eval_loss"
+    other = settings(tmp_path, **best, metric_for_best_model="eval_short_retrodiction/bits_per_answer")
+    assert other.greater_is_better is False
     assert settings(tmp_path).metric_for_best_model is None
 
 

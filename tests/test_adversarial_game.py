@@ -75,7 +75,8 @@ def test_an_imitator_that_stops_ending_is_named_held_still_and_stopped(tmp_path,
 def test_during_a_pause_the_likelihood_goes_on(tmp_path, tiny_model_dir):
     trainer = runaway(tmp_path, tiny_model_dir, max_steps=4, save_strategy="no", learning_rate=1e-3)
     plain = runaway(tmp_path, tiny_model_dir, max_steps=4, save_strategy="no", learning_rate=1e-3)
-    trainer.game.guard.truncated, trainer.game.guard.truncated_at_start = 1.0, 0.0
+    guard = trainer.game.guard
+    guard.truncated, guard.truncated_at_start, guard.num_at_start = 1.0, 0.0, 64
     human, seen = trainer.likelihood.rows.train, []
     nats = trainer.likelihood.mean_nats(trainer.model, human)
     trainer.add_callback(AtEveryStep(lambda: seen.append(weights(trainer.model.named_parameters()))))

@@ -10,12 +10,15 @@ import pytest
 import torch
 from hub_server import hub_environment, hub_server
 from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
 from tiny_runs import (
+    distinguisher_weights,
     logged,
     lora,
     make,
     rows,
     run,
+    same,
 )
 from transformers import (
     AutoModelForCausalLM,
@@ -103,7 +106,7 @@ def test_the_facts_say_how_to_rebuild_it_and_hold_no_row(trained, tiny_model_dir
     _, folder = trained
     facts = json.loads((folder / "imitation.json").read_text())
     assert facts["objective"] == "adversarial"
-    assert facts["base_model"] == str(tiny_model_dir)
+    assert (facts["base_model"], facts["base_is_local"]) == (tiny_model_dir.name, True)
     assert facts["dataset"] | {"fingerprint": None} == {
         **{"num_rows": 32, "num_labelled": 32, "num_heldout": 8, "num_truncated": 0, "fingerprint": None}
     }
@@ -142,7 +145,7 @@ def test_whatever_loads_the_imitator_gets_the_same_logits(which, request):
     trainer.model.eval()
     with torch.no_grad():
         expected = trainer.model(input_ids=ids).logits
-        base = AutoModelForCausalLM.from_pretrained(trainer.imitation_facts()["base_model"])
+        base = AutoModelForCausalLM.from_pretrained(trainer.model.config._name_or_path)
         assert (base(input_ids=ids).logits - expected).abs().max() > 1e-2
         loaders = [AutoModelForCausalLM] + [AutoPeftModelForCausalLM] * (which == "trained")
         loaded = [loader.from_pretrained(str(folder)) for loader in loaders]
@@ -226,6 +229,65 @@ def test_the_best_checkpoint_is_the_one_with_the_fewest_bits(tmp_path, tiny_mode
     bits = logged(trainer, "eval_retrodiction/bits_per_answer")
     assert trainer.state.best_metric == min(bits)
     assert trainer.state.best_global_step == 1 + bits.index(min(bits))
+
+
+def run_to_a_best_of_two(folder, model, full=False, **changes):
+    """Three steps of the game at a rate that destroys the imitator: the first is the best."""
+    return run(
+        folder,
+        model,
+        full=full,
+        arguments={"eval_dataset": rows(8)},
+        max_steps=3,
+        learning_rate=0.3,
+        imitator_warmup_steps=2,
+        distinguisher_learning_rate=1e-2,
+        load_best_model_at_end=True,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        **changes,
+    )
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_with_the_best_imitator_comes_its_own_distinguisher_and_the_card_of_both(tmp_path, tiny_model_dir, full):
+    trainer = run_to_a_best_of_two(tmp_path, tiny_model_dir, full)
+    best = trainer.state.best_global_step
+    assert best < trainer.state.global_step
+    stored, last = (
+        load_file(tmp_path / "run" / f"checkpoint-{step}" / "adversarial_state_0.safetensors")
+        for step in (best, trainer.state.global_step)
+    )
+    weights = distinguisher_weights(trainer)
+    assert same(weights, {name: stored[f"parameter.{name}"] for name in weights})
+    assert not same(weights, {name: last[f"parameter.{name}"] for name in weights})
+    for name in ("eval_retrodiction/bits_per_answer", "eval_distinguisher/accuracy_fresh"):
+        (expected,) = [e[name] for e in trainer.state.log_history if name in e and e["step"] == best]
+        assert trainer.card_facts().metrics[name].value == expected
+
+
+def test_a_best_checkpoint_without_a_state_file_leaves_the_distinguisher_and_says_so(tmp_path, tiny_model_dir, caplog):
+    with caplog.at_level(logging.WARNING):
+        trainer = run_to_a_best_of_two(tmp_path, tiny_model_dir, save_only_model=True)
+    best = trainer.state.best_model_checkpoint
+    assert any(f"{best} holds no adversarial_state" in record.getMessage() for record in caplog.records)
+
+
+def test_the_best_of_several_evaluation_sets_has_to_be_named(tmp_path, tiny_model_dir):
+    best = {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps"}
+    arguments = {"eval_dataset": {"short": rows(8), "long": rows(8)}}
+    with pytest.raises(ValueError, match=r"'eval_short_retrodiction/bits_per_answer', 'eval_long_retrodiction/bits_"):
+        make(tmp_path, tiny_model_dir, arguments=arguments, eval_steps=1, **best)
+    run(
+        tmp_path,
+        tiny_model_dir,
+        arguments=arguments,
+        eval_steps=1,
+        metric_for_best_model="eval_long_retrodiction/bits_per_answer",
+        **best,
+    )
 
 
 # --- pushes

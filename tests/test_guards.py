@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 
 from hf_imitate.guards import PATIENCE, STOP_AFTER, Guard
@@ -51,6 +52,46 @@ def test_an_imitator_that_was_cut_from_the_start_is_compared_with_its_start():
     guard = Guard()
     run(guard, 1, truncated=0.4)
     assert "stops ending" in run(guard, 40, truncated=0.6)[-1]
+
+
+def game_of_small_batches(seed, shares):
+    """The guard and its reasons over batches of 8 answers, cut with these probabilities; 2 % of the human's are."""
+    generator, guard = np.random.default_rng(seed), Guard()
+    cut, human_cut = generator.binomial(8, shares) / 8, generator.binomial(8, 0.02, len(shares)) / 8
+    reasons, stopped = [], False
+    for imitator, human in zip(cut, human_cut, strict=True):
+        reasons.append(guard.update(0.6, 1.0, imitator, human, num_answers=8))
+        stopped |= guard.should_stop
+    return reasons, stopped
+
+
+def test_a_steady_imitator_in_small_batches_is_hardly_ever_paused_and_never_stopped():
+    """A first batch without a cut answer has a probability of 27 %, and says little about the imitator's share."""
+    games = [game_of_small_batches(seed, [0.15] * 500) for seed in range(100)]
+
+    assert sum(stopped for _, stopped in games) <= 1
+    assert sum(reason is not None for reasons, _ in games for reason in reasons) <= 0.01 * 100 * 500
+
+
+@pytest.mark.parametrize("calm", [8, 100])
+def test_a_runaway_imitator_in_small_batches_is_paused_soon_and_stopped(calm):
+    """The share rises from 15 % to 90 % over 10 batches, and stays there."""
+    shares = [*[0.15] * calm, *np.linspace(0.15, 0.9, 10), *[0.9] * 90]
+    for seed in range(100):
+        reasons, stopped = game_of_small_batches(seed, shares)
+        assert any(reasons[calm : calm + 15])
+        assert stopped
+
+
+def test_too_few_answers_to_know_the_start_pause_nothing():
+    guard = Guard()
+    cut = [0.0] + [1.0] * 7
+
+    reasons = [guard.update(0.6, 1.0, share, 0.0, num_answers=8) for share in cut]
+
+    assert set(reasons) == {None}
+    assert guard.truncated_at_start == pytest.approx(7 / 8)
+    assert guard.num_at_start == 64
 
 
 def test_a_perfect_distinguisher_whose_rewards_do_not_spread_pauses_the_imitator():

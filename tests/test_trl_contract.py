@@ -26,6 +26,7 @@ OVERRIDES = {
     "_load_optimizer_and_scheduler": GRPOTrainer,
     "_save_optimizer_and_scheduler": Trainer,
     "_load_from_checkpoint": Trainer,
+    "_load_best_model": Trainer,
     "_push_from_checkpoint": Trainer,
     "train": Trainer,
     "evaluate": Trainer,

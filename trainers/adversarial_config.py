@@ -9,6 +9,10 @@ from trl import GRPOConfig
 from hf_imitate.losses import DISTINGUISHER_LOSSES, IMITATOR_REWARDS
 
 TRUNCATED_ANSWERS = ("score", "drop", "penalty")
+BITS = ("/bits_per_answer", "/bits_per_byte")
+LOWEST_BITS = "eval_retrodiction/bits_per_answer"
+# What may stand in `generation_kwargs`: how answers are computed, not how they are drawn or where they end.
+LAWLESS_GENERATION = ("use_cache", "cache_implementation", "cache_config", "pad_token_id", "bos_token_id")
 
 
 @dataclass
@@ -126,7 +130,9 @@ class AdversarialConfig(GRPOConfig):
             self.dataloader_pin_memory = False  # there is nothing to pin memory for, and torch warns of it
         self.hub_private_repo = self.hub_private_repo is not False
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
-            self.metric_for_best_model, self.greater_is_better = "eval_retrodiction/bits_per_answer", False
+            self.metric_for_best_model, self.greater_is_better = LOWEST_BITS, False
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(BITS):
+            self.greater_is_better = False  # transformers takes all but losses for scores
         self.imitator_warmup_steps = _steps("imitator_warmup_steps", self.imitator_warmup_steps)
         self.distinguisher_warmup_steps = _steps("distinguisher_warmup_steps", self.distinguisher_warmup_steps)
         self._check_choices()
@@ -216,7 +222,16 @@ class AdversarialConfig(GRPOConfig):
             "repetition_penalty": (1,),
         }
         given = {name: getattr(self, name) for name in neutral}
-        given |= {name: value for name, value in (self.generation_kwargs or {}).items() if name in neutral}
+        neutral["do_sample"] = (True,)
+        more = self.generation_kwargs or {}
+        given |= {name: value for name, value in more.items() if name in neutral}
+        unknown = sorted(more.keys() - {*neutral, *LAWLESS_GENERATION})
+        if unknown:
+            raise ValueError(
+                f"`generation_kwargs` has {unknown}, which may change the law that answers are drawn from, while "
+                f"their log-probabilities stay those of the plain law. Take them out (only "
+                f"{list(LAWLESS_GENERATION)} may stand there), and use them where the finished imitator is sampled."
+            )
         for name, value in given.items():
             if value not in neutral[name]:
                 raise ValueError(
@@ -224,6 +239,39 @@ class AdversarialConfig(GRPOConfig):
                     f"gradient nor its log-probabilities would be what they are called. Leave `{name}` at "
                     f"{neutral[name][0]} here, and change it where the finished imitator is sampled."
                 )
+        self._check_gradient()
+
+    def _check_gradient(self) -> None:
+        plain = {
+            "mask_truncated_completions": (
+                False,
+                "takes the answers that were cut out of the loss, but not out of the others' baseline. Leave it at "
+                "False and use `truncated_answers='drop'`",
+            ),
+            "importance_sampling_level": (
+                "token",
+                "weighs a whole answer by the mean over its tokens, which is not the stated gradient. Leave it at "
+                "'token'",
+            ),
+            "multi_objective_aggregation": (
+                "sum_then_normalize",
+                "divides each reward by its spread, which changes their weights from question to question. Leave it "
+                "at 'sum_then_normalize' and weigh your own rewards by `reward_weights`",
+            ),
+            "top_entropy_quantile": (
+                1.0,
+                "leaves tokens out of the policy term, which then is no longer the gradient of an answer's "
+                "log-probability. Leave it at 1.0",
+            ),
+            "off_policy_mask_threshold": (
+                None,
+                "leaves answers out of the policy term by what they were paid. Leave it at None and, against stale "
+                "answers, lower `num_iterations` or `steps_per_generation`",
+            ),
+        }
+        for name, (value, why_and_cure) in plain.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}, which {why_and_cure}.")
 
 
 def _steps(name: str, value: int | str) -> int | str:
