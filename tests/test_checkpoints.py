@@ -146,7 +146,8 @@ def test_a_resumed_run_may_be_longer_than_the_first(tmp_path, tiny_model_dir):
 
 def test_a_pause_survives_an_interruption(tmp_path, tiny_model_dir):
     first = make(tmp_path, tiny_model_dir, save_strategy="steps", save_steps=2)
-    first.game.guard.truncated, first.game.guard.truncated_at_start = 1.0, 0.0
+    guard = first.game.guard
+    guard.truncated, guard.truncated_at_start, guard.num_at_start = 1.0, 0.0, 64
     train(first)
     assert first.game.pause
     second = make(tmp_path, tiny_model_dir, kind=Watched, max_steps=3)
