@@ -118,12 +118,12 @@ class Game:
         return rewards
 
     def _round(self, rows, prompts, completion_ids, is_train: bool) -> Round:
-        known = [i for i, row in enumerate(rows) if row["completion"] is not None]
         if is_train:
             questions = [int(row[ROW_COLUMN]) for row in rows]
             humans = [self.human_rows.rows.get(question) for question in questions]
             heldout = [question in self.human_rows.is_heldout for question in questions]
         else:
+            known = [i for i, row in enumerate(rows) if row["completion"] is not None]
             weights = [rows[i].get("weight") for i in known]
             answered = render_humans(
                 self.renderer, [prompts[i] for i in known], [rows[i]["completion"] for i in known], weights

@@ -189,11 +189,12 @@ def check_lengths(human_rows: HumanRows, model: PreTrainedModel | PeftModel, arg
             args.heldout_fraction,
             total,
         )
-    if human_rows.num_repeated_heldout:
+    num_repeated = human_rows.num_repeated_heldout
+    if num_repeated:
         logger.warning(
             "%d of %d held-out answers also stand, with the same question, in rows that are trained on: held-out "
             "numbers are not free of memory.",
-            human_rows.num_repeated_heldout,
+            num_repeated,
             len(human_rows.heldout),
         )
 
