@@ -5,11 +5,13 @@ An entry is a module `benchmarks/<name>.py` with
 * `CELLS`: a list of dicts that JSON can hold, the settings of one piece of work each (a seed, a control);
 * `run_cell(cell) -> dict`: does one piece and returns what was measured, as JSON;
 * `summarize(results) -> (rows, passed)`: `results` is a list of `{"cell": ..., "result": ...}`, in the order of
-  `CELLS`; `rows` is the table, a list of dicts with the same keys; `passed` says whether the claim held.
+  `CELLS`; `rows` is the table, a list of dicts with the same keys; `passed` says whether the claim held;
+* optionally `plot(results, path)`: the picture, written beside the JSON.
 
-A finished cell is written at once to `results/partial/<name>/`, under a hash of the entry's source and of the cell: an
-edited entry or cell is measured again. Each cell also notes the package's source it was measured with; where that has
-changed since, the table says so. The whole goes to `results/<date>-<name>.json`.
+A finished cell is written at once to `results/partial/<name>/`, under a hash of the cell, of the entry's source and of
+the other sources in `benchmarks` that it imports: an edited entry or cell is measured again. Each cell also notes the
+package's source it was measured with; where that has changed since, the table says so. The whole goes to
+`results/<date>-<name>.json`.
 """
 
 import argparse
@@ -46,8 +48,8 @@ class OutOfTime(Exception):
 
 def entry_names() -> list[str]:
     """The names that `ONLY` takes: every module of `benchmarks/` that lists `CELLS`."""
-    names = [info.name for info in pkgutil.iter_modules([str(Path(__file__).parent)])]
-    return sorted(name for name in names if name != "acceptance")
+    found = pkgutil.iter_modules([str(Path(__file__).parent)])
+    return sorted(info.name for info in found if not info.ispkg and info.name != "acceptance")
 
 
 def load_entry(name: str, package: str = "benchmarks") -> ModuleType:
@@ -73,9 +75,21 @@ def load_entry(name: str, package: str = "benchmarks") -> ModuleType:
 
 
 def cell_key(entry: ModuleType, cell: dict[str, Any]) -> str:
-    """What a finished cell is filed under: 16 hex digits of the SHA-256 of the entry's source and the cell."""
-    text = json.dumps([inspect.getsource(entry), cell], sort_keys=True)
+    """What a finished cell is filed under: 16 hex digits of the SHA-256 of its sources and itself."""
+    text = json.dumps([*(inspect.getsource(module) for module in sources(entry)), cell], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def sources(entry: ModuleType) -> list[ModuleType]:
+    """The entry and every module of `benchmarks` that it and they import, ordered by name."""
+    found, waiting = {entry.__name__: entry}, [entry]
+    while waiting:
+        for value in vars(waiting.pop()).values():
+            name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+            if isinstance(name, str) and name.startswith("benchmarks.") and name not in found and name != __name__:
+                found[name] = sys.modules[name]
+                waiting.append(found[name])
+    return [found[name] for name in sorted(found)]
 
 
 def write_atomically(path: Path, value: Any) -> None:
@@ -225,6 +239,10 @@ def run_entry(entry: ModuleType, results: Path = RESULTS, max_minutes: float = M
     }
     file = results / f"{today}-{name}.json"
     write_atomically(file, report)
+    if hasattr(entry, "plot"):
+        entry.plot(
+            [{"cell": record["cell"], "result": record["result"]} for record in records], file.with_suffix(".png")
+        )
     print(format_table(rows))
     num_older = sum(record["package_source"] != report["package_source"] for record in records)
     if num_older:

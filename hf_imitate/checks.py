@@ -1,8 +1,10 @@
 """Checks: callables that pass or fail an answer, what a distinguisher can *verify*."""
 
 import math
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +22,8 @@ def check_name(check: Check) -> str:
     name = getattr(check, "__name__", None)
     if not isinstance(name, str) or name == "<lambda>":
         raise ValueError(
-            f"A check needs a name of its own, and {check!r} has none. Define it with `def`, or set its `__name__`."
+            f"A check needs a name of its own, and a {type(check).__name__} among them has none (a lambda's does not "
+            "count). Define it with `def`, or set its `__name__`."
         )
     return name
 
@@ -47,6 +50,7 @@ def check_outcomes(
     prompts: Sequence[Any],
     completions: Sequence[Any],
     completion_ids: Sequence[list[int]] | None = None,
+    /,
     **columns: Any,
 ) -> Tensor:
     """Run every check once over N answers.
@@ -61,7 +65,8 @@ def check_outcomes(
         Outcomes in [0, 1], NaN where a check does not apply. [N, C].
 
     Raises:
-        RuntimeError: a check raised; its name is given, and its own error is the cause.
+        RuntimeError: a check raised; its name, its error's type and the place are given, its own words are not: they
+            may quote a row. `error.__context__` has them.
         ValueError, TypeError: a check returned the wrong number of outcomes, or something that is no number in [0, 1].
     """
     outcomes = torch.full((len(prompts), len(checks)), torch.nan)
@@ -70,14 +75,27 @@ def check_outcomes(
         try:
             returned = check(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
         except Exception as error:
-            raise RuntimeError(
-                f"The check '{name}' raised {type(error).__name__} on {len(prompts)} answers."
-            ) from error
+            raise RuntimeError(failure(f"check '{name}'", error, len(prompts))) from None
         if not isinstance(returned, (list, tuple)) or len(returned) != len(prompts):
             found = len(returned) if isinstance(returned, (list, tuple)) else f"a {type(returned).__name__}"
             raise ValueError(f"The check '{name}' must return a list of {len(prompts)} outcomes; got {found}.")
         outcomes[:, column] = torch.tensor([_outcome(value, name, i) for i, value in enumerate(returned)])
     return outcomes
+
+
+def failure(whose: str, error: Exception, num_answers: int) -> str:
+    """What to say when a user's function raised: the kind of error and the place, never its words."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]
+    if frames:
+        where = f"{Path(frames[0].filename).name}, line {frames[0].lineno}"
+        cure = "Try it on an answer of your own"
+    else:
+        where = "as it was called"
+        cure = "It is called with `prompts`, `completions`, `completion_ids` and every other column by name"
+    return (
+        f"The {whose} raised {type(error).__name__} on {num_answers} answers ({where}). {cure}; its own words may "
+        "quote a row and are kept in this error's `__context__` alone."
+    )
 
 
 def _outcome(value: float | bool | None, name: str, index: int) -> float:

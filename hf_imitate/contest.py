@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_imitate.checks import Check, check_outcomes
 from hf_imitate.human_rows import HumanRow, without_internal
 from hf_imitate.pairs import Learner, Pair, comparable
-from hf_imitate.rendering import Answer, canonical_text
+from hf_imitate.rendering import Answer, Renderer, canonical_text
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ def run_checks(
     answers: Sequence[Answer],
     humans: Sequence[HumanRow | None],
     completion_ids: Sequence[list[int]],
+    renderer: Renderer,
 ) -> tuple[Tensor, Tensor]:
     """Outcomes of the checks on the imitator's answers and on the humans', each check called once per side.
 
@@ -67,6 +68,7 @@ def run_checks(
         prompts: what was asked. N.
         answers, completion_ids: what the imitator answered. N.
         humans: what the human answered, `None` where no answer is known. N.
+        renderer: knows whose turn the answers are.
 
     Returns:
         Imitator's and humans' outcomes, NaN where a check does not apply or no human answered. [N, C] each.
@@ -76,7 +78,10 @@ def run_checks(
         for key in without_internal(rows[0])
         if key not in ("prompt", "completion", "completion_ids")
     }
-    shown = [_as_completion(answer, prompt) for answer, prompt in zip(answers, prompts, strict=True)]
+    shown = [
+        renderer.as_completion(prompt, canonical_text(answer.text))
+        for answer, prompt in zip(answers, prompts, strict=True)
+    ]
     outcomes = check_outcomes(checks, prompts, shown, completion_ids, **columns)
     human_outcomes = torch.full_like(outcomes, torch.nan)
     known = {i: human.answer for i, human in enumerate(humans) if human is not None}
@@ -84,16 +89,10 @@ def run_checks(
         human_outcomes[list(known)] = check_outcomes(
             checks,
             [prompts[i] for i in known],
-            [_as_completion(answer, prompts[i]) for i, answer in known.items()],
+            [renderer.as_completion(prompts[i], canonical_text(answer.text)) for i, answer in known.items()],
             **{key: [values[i] for i in known] for key, values in columns.items()},
         )
     return outcomes, human_outcomes
-
-
-def _as_completion(answer: Answer, prompt: str | list) -> str | list[dict[str, str]]:
-    """An answer in the form that the data set has it in."""
-    text = canonical_text(answer.text)
-    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
 class Scores(NamedTuple):
@@ -132,7 +131,7 @@ def _what_a_human_said(pair: Pair) -> tuple:
     return pair.prompt, pair.human, pair.weight, checks
 
 
-def judge(
+def score_then_update(
     learner: Learner,
     batch: Round,
     learn_from: Sequence[int] = (),

@@ -56,6 +56,8 @@ class Distinguisher:
             Passed to the chat template.
         end_ids (`Sequence[int]`, *optional*):
             Every id that ends an answer; by default those of the model's generation config and the tokenizer.
+        completion_role (`str`, *optional*, defaults to `"assistant"`):
+            Whose turn a conversation's answer is, as in [`~hf_imitate.rendering.Renderer`].
 
     Raises:
         ValueError: the model has no head, or two checks share a name.
@@ -75,6 +77,7 @@ class Distinguisher:
         max_answer_tokens: int | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
         end_ids: Sequence[int] | None = None,
+        completion_role: str = "assistant",
     ):
         self.model, self.tokenizer, self.adapter_name, self.checks = model, tokenizer, adapter_name, tuple(checks)
         if adapter_name is None:
@@ -88,7 +91,7 @@ class Distinguisher:
             )
         self.head: nn.Module = head
         ends = end_token_ids(tokenizer, getattr(core, "generation_config", None)) if end_ids is None else end_ids
-        self.renderer = Renderer(tokenizer, ends, max_answer_tokens, chat_template_kwargs)
+        self.renderer = Renderer(tokenizer, ends, max_answer_tokens, chat_template_kwargs, completion_role)
         weights = dict.fromkeys(check_names(checks), 0.0) if check_weights is None else check_weights
         self.check_names = tuple(weights)
         self.check_weights = nn.Parameter(torch.tensor(list(weights.values()), dtype=torch.float32))
@@ -181,6 +184,7 @@ class Distinguisher:
             "max_answer_tokens": stored["max_answer_tokens"],
             "chat_template_kwargs": stored["chat_template_kwargs"],
             "end_ids": stored["end_token_ids"],
+            "completion_role": stored.get("completion_role", "assistant"),
         }
         if base is not None and can_share(base, folder):
             config = PeftConfig.from_pretrained(str(folder))

@@ -65,6 +65,7 @@ def write_distinguisher(distinguisher: "Distinguisher", folder: Path, with_token
         "max_answer_tokens": renderer.max_answer_tokens,
         "end_token_ids": renderer.end_token_ids,
         "chat_template_kwargs": renderer.chat_template_kwargs,
+        "completion_role": renderer.completion_role,
     }
     (folder / CHECKS_FILE).write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
 

@@ -33,8 +33,8 @@ def mean_loss_and_accuracy(logits: Sequence[Logits], loss: str) -> tuple[float, 
     """Mean loss (nats) and paired accuracy (ties 1/2) over all comparisons; NaN if there are none."""
     if not logits:
         return float("nan"), float("nan")
-    human, imitator = (torch.cat([pair[side] for pair in logits]) for side in (0, 1))
-    return DISTINGUISHER_LOSSES[loss](human, imitator).mean().item(), paired_wins(human, imitator).mean().item()
+    seen = Logits(*(torch.cat(parts) for parts in zip(*logits, strict=True)))
+    return DISTINGUISHER_LOSSES[loss](*seen).mean().item(), paired_wins(seen.human, seen.imitator).mean().item()
 
 
 def fit(

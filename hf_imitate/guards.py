@@ -13,6 +13,8 @@ TOO_STRONG = 0.98
 VANISHED_SPREAD = 1e-3  # nats; rewards of a question's answers that differ by less carry no direction
 PATIENCE = 20
 STOP_AFTER = 50
+MEMORY_DECAY = 0.99  # one question in twenty is a held-out row's: the last few batches hold too few of them
+MEMORY_GAP = 0.10
 
 
 @dataclass
@@ -26,8 +28,11 @@ class Guard:
     Attributes:
         accuracy: moving average of the paired accuracy on fresh answers; `None` before the first.
         truncated, truncated_human: moving averages of the share of answers cut at the limit, per side.
-        truncated_at_start: that share over the first batches of the game, as many as hold 64 answers.
+        truncated_at_start: that share while the imitator stood still; where that gave fewer than 64 answers, also over
+            the first batches of the game, as many as make 64.
         num_at_start: how many answers that were.
+        truncated_labelled: that share while the imitator stood still, where only some kinds of questions were asked.
+        num_labelled: how many answers that were.
         squared_weights: sum of the squared weights of the batches in the moving averages: 1 divided by how many
             batches' worth of answers they hold (about 19 after a while).
         num_low: generation batches in a row with the accuracy below chance.
@@ -40,10 +45,31 @@ class Guard:
     truncated_human: float | None = None
     truncated_at_start: float | None = None
     num_at_start: int = 0
+    truncated_labelled: float | None = None
+    num_labelled: int = 0
     squared_weights: float = 1.0
     num_low: int = 0
     num_paused: int = 0
     said: list[str] = field(default_factory=list)
+
+    def note_start(self, truncated: float, num_answers: int, asks_all: bool = True) -> None:
+        """Take in answers of an imitator that has not played yet: a collapse in the game's first batches must not be
+        what the guard compares with.
+
+        Args:
+            truncated: share of them cut at the limit.
+            num_answers: how many they are, over all processes.
+            asks_all: whether the game asks no other questions. Where it does, its own first answers count, too, and
+                the larger share is the usual one: a few questions' answers may all be short by chance.
+        """
+        if asks_all:
+            cut = (self.truncated_at_start or 0.0) * self.num_at_start + truncated * num_answers
+            self.num_at_start += num_answers
+            self.truncated_at_start = cut / self.num_at_start
+        else:
+            cut = (self.truncated_labelled or 0.0) * self.num_labelled + truncated * num_answers
+            self.num_labelled += num_answers
+            self.truncated_labelled = cut / self.num_labelled
 
     def update(
         self,
@@ -69,16 +95,14 @@ class Guard:
             self.accuracy = _moved(self.accuracy, accuracy)
             self.num_low = self.num_low + 1 if self.accuracy < BELOW_CHANCE else 0
         if self.num_at_start < NUM_AT_START:
-            cut = (self.truncated_at_start or 0.0) * self.num_at_start + truncated * num_answers
-            self.num_at_start += num_answers
-            self.truncated_at_start = cut / self.num_at_start
+            self.note_start(truncated, num_answers)
         if self.truncated is not None:
             self.squared_weights = DECAY**2 * self.squared_weights + (1 - DECAY) ** 2
         self.truncated, self.truncated_human = (
             _moved(self.truncated, truncated),
             _moved(self.truncated_human, truncated_human),
         )
-        usual = max(self.truncated_human, self.truncated_at_start or 0.0)
+        usual = max(self.truncated_human, self.truncated_at_start or 0.0, self.truncated_labelled or 0.0)
         reason = self._reason(spread, self.truncated, usual, num_answers / self.squared_weights)
         self.num_paused = self.num_paused + 1 if reason else 0
         if not reason:
@@ -125,6 +149,81 @@ class Guard:
     def state(self) -> dict[str, Any]:
         """JSON-ready state."""
         return asdict(self)
+
+
+@dataclass
+class Memory:
+    """Notices a distinguisher that knows its human answers by heart: right about those it trains on, in the dark about
+    others. It warns once and pauses nothing.
+
+    Both sides are judged on fresh answers of the imitator, so only the human's answer can be remembered. The pairs
+    of one human answer in a batch are one trial, and no side ever counts more trials than it has different answers:
+    a few held-out answers that happen to be hard stay hard however often they come back.
+
+    Attributes:
+        num_rows: human answers that are trained on.
+        num_heldout_rows: human answers that are held out.
+        wins, num: moving sums over the answers that are trained on: pairs won and answers met.
+        wins_heldout, num_heldout: the same over held-out ones.
+        is_said: whether the warning was given.
+    """
+
+    num_rows: int
+    num_heldout_rows: int
+    wins: float = 0.0
+    num: float = 0.0
+    wins_heldout: float = 0.0
+    num_heldout: float = 0.0
+    is_said: bool = False
+
+    def update(self, accuracy: float, num: int, accuracy_heldout: float, num_heldout: int) -> str | None:
+        """Take in one generation batch.
+
+        Args:
+            accuracy, accuracy_heldout: paired accuracy with human answers that are trained on and held out; any number
+                where there is none of the kind.
+            num, num_heldout: different human answers behind them.
+
+        Returns:
+            The warning, in plain words, the first time that the accuracy with trained-on answers lies above the other
+            by 0.1 and by three standard errors; else `None`.
+
+        Source:
+            Agresti and Caffo (2000): near 0 or 1, few trials look surer than they are.
+        """
+        self.wins, self.num = _summed(self.wins, accuracy, num), _summed(self.num, 1.0, num)
+        self.wins_heldout = _summed(self.wins_heldout, accuracy_heldout, num_heldout)
+        self.num_heldout = _summed(self.num_heldout, 1.0, num_heldout)
+        if self.is_said or not (self.num and self.num_heldout):
+            return None
+        known, variance = _estimate(self.wins, self.num, self.num_rows)
+        unknown, variance_heldout = _estimate(self.wins_heldout, self.num_heldout, self.num_heldout_rows)
+        noise = NUM_STANDARD_ERRORS * math.sqrt(variance + variance_heldout)
+        self.is_said = known - unknown > max(MEMORY_GAP, noise)
+        if not self.is_said:
+            return None
+        known, unknown = self.wins / self.num, self.wins_heldout / self.num_heldout
+        return (
+            f"The distinguisher knows human answers by heart: it is right in {known:.0%} of pairs with answers it "
+            f"trains on, and in {unknown:.0%} with held-out ones. It then pays "
+            "for likeness to single answers, not to the human. Bring more human rows, give a smaller `distinguisher`, "
+            "or lower `distinguisher_steps` or `distinguisher_learning_rate`."
+        )
+
+    def state(self) -> dict[str, Any]:
+        """JSON-ready state."""
+        return asdict(self)
+
+
+def _summed(total: float, value: float, num: int) -> float:
+    return MEMORY_DECAY * total + (value * num if num else 0.0)
+
+
+def _estimate(wins: float, num: float, most: int) -> tuple[float, float]:
+    """A share of at most `most` trials and its variance, with one win and one loss added."""
+    trials = min(num, most)
+    share = (trials * wins / num + 1) / (trials + 2)
+    return share, share * (1 - share) / (trials + 2)
 
 
 def _standard_error(share: float, num: float, other: float, num_other: float) -> float:

@@ -1,17 +1,19 @@
 """The humans' answers, rendered once: which rows train, which are held out, and which row comes when."""
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset
 
-from hf_imitate.rendering import Answer, Rendered, Renderer
+from hf_imitate.rendering import Answer, Rendered, Renderer, TurnError
 
 logger = logging.getLogger(__name__)
 
 ROW_COLUMN = "_hf_imitate_row"
+CHUNK = 1000  # rows rendered at once
 
 
 class HumanRow(NamedTuple):
@@ -44,11 +46,12 @@ class HumanRows:
         labelled = [i for i, completion in enumerate(completions) if completion is not None]
         weights = dataset["weight"] if "weight" in dataset.column_names else None
         self.rows: dict[int, HumanRow] = {}
-        for start in range(0, len(labelled), 1000):
-            ids = labelled[start : start + 1000]
+        for start in range(0, len(labelled), CHUNK):
+            ids = labelled[start : start + CHUNK]
             chunk = dataset[ids]
             chunk_weights = None if weights is None else [weights[i] for i in ids]
-            rendered = render_humans(renderer, chunk["prompt"], chunk["completion"], chunk_weights)
+            with _named_rows(ids):
+                rendered = render_humans(renderer, chunk["prompt"], chunk["completion"], chunk_weights)
             self.rows.update(zip(ids, rendered, strict=True))
         # A row of weight 0 teaches nothing, so it takes no place in a batch or among the held-out rows.
         useful = [i for i in labelled if self.rows[i].weight > 0]
@@ -114,6 +117,27 @@ def render_humans(
         num_bytes = len(answer.text.encode("utf-8", "replace"))
         rows.append(HumanRow(rendered, answer, 1.0 if weight is None else float(weight), num_bytes))
     return rows
+
+
+def question_lengths(dataset: Dataset, renderer: Renderer, known: dict[int, int] | None = None) -> dict[int, int]:
+    """Tokens of each row's question, by row; `known` are not rendered again."""
+    lengths = dict(known or {})
+    missing = [i for i in range(len(dataset)) if i not in lengths]
+    for start in range(0, len(missing), CHUNK):
+        ids = missing[start : start + CHUNK]
+        with _named_rows(ids):
+            lengths |= zip(ids, (len(prompt) for prompt in renderer.prompt_ids(dataset[ids]["prompt"])), strict=True)
+    return lengths
+
+
+@contextlib.contextmanager
+def _named_rows(ids: Sequence[int]) -> Iterator[None]:
+    """Say of which rows of the data set a chunk's questions are that a template refuses."""
+    try:
+        yield
+    except TurnError as error:
+        rows = [ids[i] for i in error.indices]
+        raise TurnError(f"Column `prompt`, rows {str(rows[:5])[1:-1]}: {error}", rows) from None
 
 
 def without_internal(row: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from hf_imitate.distinguisher import Distinguisher
 from hf_imitate.rendering import Answer, Renderer, end_token_ids
 from hf_imitate.sampling import draw_answers
 from hf_imitate.scoring import score_answers
+from hf_imitate.verification import Verification, verify_answers
 
 DEFAULT_MAX_NEW_TOKENS = 256
 
@@ -51,6 +52,9 @@ class Imitator:
             Passed to the chat template of conversational questions.
         max_new_tokens (`int`, *optional*):
             Longest answer, its end token included; defaults to the generation config's, else 256.
+        completion_role (`str`, defaults to `"assistant"`):
+            Whose turn it speaks in a conversation: `"assistant"`, `"user"`, or `"alternating"`, see
+            [`~hf_imitate.rendering.Renderer`].
 
     Attributes:
         renderer ([`~hf_imitate.rendering.Renderer`]): turns questions and answers into ids; it cuts nothing.
@@ -72,11 +76,15 @@ class Imitator:
         distinguisher: Distinguisher | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
         max_new_tokens: int | None = None,
+        completion_role: str = "assistant",
     ):
         self.model, self.tokenizer = model, tokenizer
         generation_config = model.generation_config
         self.renderer = Renderer(
-            tokenizer, end_token_ids(tokenizer, generation_config), chat_template_kwargs=chat_template_kwargs
+            tokenizer,
+            end_token_ids(tokenizer, generation_config),
+            chat_template_kwargs=chat_template_kwargs,
+            completion_role=completion_role,
         )
         self.max_new_tokens = max_new_tokens or generation_config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
         self._distinguisher = distinguisher
@@ -117,6 +125,7 @@ class Imitator:
             tokenizer,
             chat_template_kwargs=stored.get("chat_template_kwargs"),
             max_new_tokens=model.generation_config.max_new_tokens or stored.get("max_answer_tokens"),
+            completion_role=stored.get("completion_role", "assistant"),
         )
         if (root / "distinguisher" / "checks.json").is_file():
             imitator._distinguisher_source = (root, {"device": model.device, "dtype": dtype})
@@ -138,6 +147,7 @@ class Imitator:
             folder, loading = self._distinguisher_source
             base = self.model if isinstance(self.model, PeftModel) else None
             self._distinguisher = Distinguisher.from_pretrained(folder, base=base, **loading)
+            self._distinguisher.renderer.completion_role = self.renderer.completion_role
         return self._distinguisher
 
     def answer(
@@ -188,6 +198,64 @@ class Imitator:
             progress=progress,
         )
         return [[draw.answer.text for draw in of_question] for of_question in draws]
+
+    def verify(
+        self,
+        questions: Sequence[str | list[dict]],
+        answers: Sequence[Sequence[str]],
+        seed: int = 0,
+        first_draw: int = 0,
+        max_new_tokens: int | None = None,
+        temperature: float = 1.0,
+        tolerance: float | None = None,
+        batch_size: int = 64,
+        progress: bool = False,
+    ) -> Verification:
+        """Check that answers are what [`~Imitator.answer`] gives, by one forward per answer, not by drawing again.
+
+        Args:
+            questions (`list[str]` or `list[list[dict]]`):
+                Questions, as they were asked.
+            answers (`list[list[str]]`):
+                What `answer` returned, or somebody says it did.
+            seed (`int`, defaults to 0):
+                What they were drawn with. It should have been drawn after the imitator was frozen.
+            first_draw (`int`, defaults to 0):
+                As in `answer`.
+            max_new_tokens (`int`, *optional*):
+                As in `answer`.
+            temperature (`float`, defaults to 1.0):
+                As in `answer`.
+            tolerance (`float`, *optional*):
+                Nats by which two logits may be off against each other through rounding. Defaults to 1e-3 in float32
+                and to 0.25 in lower precision.
+            batch_size (`int`, defaults to 64):
+                Most answers in one forward.
+            progress (`bool`, defaults to `False`):
+                Show a progress bar.
+
+        Returns:
+            [`~hf_imitate.verification.Verification`]: `num_tokens`, `num_mismatched`, `capacity_bits` (most bits that
+            could still be hidden in the answers together) and `verified`. See
+            [`~hf_imitate.verification.verify_answers`] for the rule.
+
+        Raises:
+            TypeError, ValueError: questions and answers do not belong together, or a setting is out of range.
+        """
+        _check_questions(questions)
+        return verify_answers(
+            self.model,
+            self.renderer,
+            questions,
+            answers,
+            seed=seed,
+            first_draw=first_draw,
+            max_new_tokens=self.max_new_tokens if max_new_tokens is None else max_new_tokens,
+            temperature=temperature,
+            tolerance=tolerance,
+            batch_size=batch_size,
+            progress=progress,
+        )
 
     def log_prob(
         self,
@@ -287,16 +355,10 @@ class Imitator:
                 )
         outcomes = None
         if by_name and answers:
+            completions = list(map(self.renderer.as_completion, questions, answers))
             in_order = [by_name[name] for name in distinguisher.check_names]
-            outcomes = check_outcomes(in_order, questions, _as_completions(questions, answers), None, **columns)
+            outcomes = check_outcomes(in_order, questions, completions, None, **columns)
         return distinguisher.score(questions, [Answer(text, True) for text in answers], outcomes).cpu()
-
-
-def _as_completions(questions: Sequence[str | list[dict]], answers: Sequence[str]) -> list:
-    """Answers in the format of their questions, as a check saw them in training."""
-    if isinstance(questions[0], str):
-        return list(answers)
-    return [[{"role": "assistant", "content": text}] for text in answers]
 
 
 def _check_questions(questions: Sequence[str | list[dict]]) -> None:

@@ -11,17 +11,19 @@ CENTERING = 0.01
 REWARD_CLIP = 5.0
 
 
-def bradley_terry_loss(logit_human: Tensor, logit_imitator: Tensor) -> Tensor:
+def bradley_terry_loss(logit_human: Tensor, logit_imitator: Tensor, text_sum: Tensor | None = None) -> Tensor:
     """Loss of telling the human's answer from the imitator's answer to the same question, one value per pair.
 
-        -log sigmoid(s_human - s_imitator) + 0.01 (s_human + s_imitator)^2
+        -log sigmoid(s_human - s_imitator) + 0.01 (t_human + t_imitator)^2
 
     Its optimum is s(x, y) = log p_human(y|x) - log p_imitator(y|x) + c(x). The small second term pins the free
     constant c(x) and leaves the fixed point alone; it shrinks the slope to 1 / 1.08 = .93 near the fixed point, and
-    further where the log ratio is large (.86 where it reaches 2).
+    further where the log ratio is large (.86 where it reaches 2). It reads the logits of the texts alone: what a check
+    adds is no constant of the question, and where most answers pass, pinning it would hold the check's weight down.
 
     Args:
         logit_human, logit_imitator: distinguisher logits, high means human. Same shape.
+        text_sum: sum of both logits without what checks added, by default the sum of the logits. Same shape.
 
     Returns:
         Loss per pair, nats. Same shape, at least 0.
@@ -29,13 +31,16 @@ def bradley_terry_loss(logit_human: Tensor, logit_imitator: Tensor) -> Tensor:
     Source:
         Bradley and Terry (1952); for distinguishers of language models https://huggingface.co/papers/2511.10643
     """
-    return -F.logsigmoid(logit_human - logit_imitator) + CENTERING * (logit_human + logit_imitator).square()
+    text_sum = logit_human + logit_imitator if text_sum is None else text_sum
+    return -F.logsigmoid(logit_human - logit_imitator) + CENTERING * text_sum.square()
 
 
-def binary_cross_entropy_loss(logit_human: Tensor, logit_imitator: Tensor) -> Tensor:
+def binary_cross_entropy_loss(logit_human: Tensor, logit_imitator: Tensor, text_sum: Tensor | None = None) -> Tensor:
     """Loss of labelling each answer on its own, balanced, one value per pair; its optimum has c(x) = 0.
 
         -1/2 log sigmoid(s_human) - 1/2 log sigmoid(-s_imitator)
+
+    `text_sum` is not read: there is no free constant to pin.
 
     Source:
         Goodfellow et al. (2014), https://huggingface.co/papers/1406.2661
@@ -43,7 +48,7 @@ def binary_cross_entropy_loss(logit_human: Tensor, logit_imitator: Tensor) -> Te
     return -0.5 * (F.logsigmoid(logit_human) + F.logsigmoid(-logit_imitator))
 
 
-DISTINGUISHER_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+DISTINGUISHER_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
     "bradley_terry": bradley_terry_loss,
     "bce": binary_cross_entropy_loss,
 }
@@ -145,8 +150,13 @@ def retrodictive_loss(log_prob: Tensor, weight: Tensor) -> Tensor:
 
 
 def paired_wins(logit_human: Tensor, logit_imitator: Tensor) -> Tensor:
-    """1 where the human's answer scores higher, 1/2 where both score the same, else 0; NaN stays NaN. Same shape."""
-    wins = (logit_human > logit_imitator).float() + 0.5 * (logit_human == logit_imitator)
+    """1 where the human's answer scores higher, 1/2 where both score the same, else 0; NaN stays NaN. Same shape.
+
+    Logits that differ by less than rounding in batches of different shape can do (1e-6 and 1e-5 of their size) are the
+    same: equal texts are a tie wherever they stand.
+    """
+    is_tie = torch.isclose(logit_human, logit_imitator, rtol=1e-5, atol=1e-6)
+    wins = torch.where(is_tie, 0.5, (logit_human > logit_imitator).float())
     return torch.where(logit_human.isnan() | logit_imitator.isnan(), torch.nan, wins)
 
 

@@ -55,10 +55,11 @@ class Pair:
 
 class Logits(NamedTuple):
     """Logits of one pair, by comparison: K of the human's answer (they differ only where a check does not apply to
-    one side and is left out on both), and K of the imitator's."""
+    one side and is left out on both), K of the imitator's, and K sums of both without what checks added."""
 
     human: Tensor
     imitator: Tensor
+    text_sum: Tensor
 
 
 def comparable(on_human: Tensor, on_imitator: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,6 +123,9 @@ class Learner:
         """
         device = self.distinguisher.device
         weight = self._reduced(torch.tensor([float(sum(pair.weight for pair in pairs))], device=device)).item()
+        if weight == 0:
+            # There is nothing to learn on any process, and momentum alone must not move the distinguisher.
+            return StepResult(0.0, self.score(pairs))
         logits: dict[int, Logits] = {}
         loss_sum = torch.zeros(1, device=device)
         with self.distinguisher.active():
@@ -134,7 +138,7 @@ class Learner:
                 loss.backward()
                 loss_sum += loss.detach()
                 for i, pair in zip(indices, seen, strict=True):
-                    logits[i] = Logits(pair.human.detach(), pair.imitator.detach())
+                    logits[i] = Logits(*(tensor.detach() for tensor in pair))
             self._reduce_gradients()
             mean_loss = self._reduced(loss_sum).item()
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
@@ -178,20 +182,19 @@ class Learner:
         result = []
         for pair, text in zip(pairs, texts, strict=True):
             human, imitator = text[:1].expand(len(pair.imitator)), text[1:]
+            text_sum = human + imitator
             if pair.imitator_checks:
                 on_human = torch.tensor(pair.human_checks, device=text.device).expand(len(pair.imitator), -1)
                 on_imitator = torch.tensor(pair.imitator_checks, device=text.device)
                 on_human, on_imitator = comparable(on_human, on_imitator)
                 human = human + d.check_logits(on_human)
                 imitator = imitator + d.check_logits(on_imitator)
-            result.append(Logits(human, imitator))
+            result.append(Logits(human, imitator, text_sum))
         return result
 
     def _weighted_loss(self, pairs: Sequence[Pair], logits: Sequence[Logits]) -> Tensor:
         compare = DISTINGUISHER_LOSSES[self.loss]
-        losses = [
-            pair.weight * compare(seen.human, seen.imitator).mean() for pair, seen in zip(pairs, logits, strict=True)
-        ]
+        losses = [pair.weight * compare(*seen).mean() for pair, seen in zip(pairs, logits, strict=True)]
         return torch.stack(losses).sum()
 
     def _reduced(self, tensor: Tensor) -> Tensor:

@@ -57,11 +57,14 @@ def answer_text(completion: str | list[dict] | None) -> str | None:
     return _only_message(completion)["content"]
 
 
-def completion_role(completion: str | list[dict] | None) -> str | None:
-    """Return who answers, `"assistant"` or `"user"`; `None` for plain text or without an answer."""
-    if completion is None or isinstance(completion, str):
-        return None
-    return _only_message(completion)["role"]
+def last_roles(dataset: Dataset, column: str) -> list[str | None]:
+    """Return the role of each row's last message in `prompt` or `completion`; `None` for plain text or no message.
+
+    Reads the whole column at once; the rows are those that `check_columns` let pass.
+    """
+    texts = _read_texts(dataset, column, "dataset")
+    by_row = dict(zip(texts.owners, texts.roles, strict=True))
+    return [by_row.get(row) for row in range(len(texts.kinds))]
 
 
 def check_columns(dataset: Dataset, *, allow_unlabelled: bool = False, name: str = "train_dataset") -> int:
@@ -227,10 +230,7 @@ def _holds_plain_messages(feature: Any) -> bool:
 
 
 def _flatten_messages(column: Any) -> _Texts:
-    kinds: list[str] = []
-    owners: list[int] = []
-    roles: list[Any] = []
-    texts: list[Any] = []
+    kinds, owners, roles, texts = result = _Texts([], [], [], [])
     for chunk in column.chunks:
         messages = chunk.flatten()
         roles += messages.field("role").to_pylist()
@@ -238,7 +238,7 @@ def _flatten_messages(column: Any) -> _Texts:
         for num_messages in chunk.value_lengths().to_pylist():
             owners += [len(kinds)] * (num_messages or 0)
             kinds.append("missing" if num_messages is None else "messages")
-    return _Texts(kinds, owners, roles, texts)
+    return result
 
 
 def _flatten_objects(values: Iterable[Any]) -> _Texts:

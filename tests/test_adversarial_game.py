@@ -72,6 +72,51 @@ def test_an_imitator_that_stops_ending_is_named_held_still_and_stopped(tmp_path,
     assert logged(trainer, "learning_rate")[first:] == [0.0] * 50
 
 
+def test_what_is_usual_for_the_imitator_is_measured_while_it_stands_still(tmp_path, tiny_model_dir):
+    trainer = runaway(tmp_path, tiny_model_dir, distinguisher_warmup_steps=12, max_steps=3, save_strategy="no")
+    train(trainer)
+    phases, cut = logged(trainer, "phase"), logged(trainer, "answers/truncated")
+    before = [share for phase, share in zip(phases, cut, strict=True) if phase == "distinguisher_warmup"]
+    assert len(before) == 12
+    assert 0 < trainer.game.guard.truncated_at_start == pytest.approx(sum(before) / 12)
+    assert trainer.game.guard.num_at_start == 12 * 8  # of each answer to its own question
+
+
+def test_questions_nobody_answered_leave_the_usual_share_to_the_game(tmp_path, tiny_model_dir):
+    """The warm-up does not ask them, and their answers may be longer."""
+    trainer = runaway(
+        tmp_path,
+        tiny_model_dir,
+        distinguisher_warmup_steps=3,
+        max_steps=1,
+        save_strategy="no",
+        allow_unlabelled=True,
+    )
+    train(trainer)
+    assert trainer.game.guard.num_at_start == 8
+
+
+def test_answers_known_by_heart_are_counted_by_human_answer_and_never_in_an_evaluation(tmp_path, tiny_model_dir):
+    trainer = run(tmp_path, tiny_model_dir, kind=Watched, distinguisher_warmup_steps=1, max_steps=1)
+    memory, human_rows = trainer.game.memory, trainer.game.human_rows
+    assert (memory.num_rows, memory.num_heldout_rows) == (len(human_rows.train), len(human_rows.heldout)) == (24, 8)
+    sums = {True: [0.0, 0.0], False: [0.0, 0.0]}
+    for decay, batch in zip((0.99, 1.0), trainer.batches, strict=True):
+        wins = (batch["human"] > batch["imitator"]).float()
+        for heldout, side in sums.items():
+            mine = torch.tensor([(row in human_rows.is_heldout) == heldout for row in batch["row"].tolist()])
+            num = len(set(batch["row"][mine].tolist()))
+            side[0] += decay * num * (wins[mine].mean().item() if num else 0.0)
+            side[1] += decay * num
+    assert [memory.wins, memory.num] == pytest.approx(sums[False])
+    assert [memory.wins_heldout, memory.num_heldout] == pytest.approx(sums[True])
+    before = memory.state()
+    trainer.evaluate(rows(8))
+    assert memory.state() == before
+    trainer.game.load_state({**trainer.game.state(), "memory": {**before, "is_said": True}})
+    assert trainer.game.memory.is_said
+
+
 def test_during_a_pause_the_likelihood_goes_on(tmp_path, tiny_model_dir):
     trainer = runaway(tmp_path, tiny_model_dir, max_steps=4, save_strategy="no", learning_rate=1e-3)
     plain = runaway(tmp_path, tiny_model_dir, max_steps=4, save_strategy="no", learning_rate=1e-3)

@@ -1,147 +1,215 @@
-"""A run that was interrupted goes on to the last bit as if it had not been."""
+"""Which checkpoints can be resumed, and what is said of the others."""
 
 import json
+import logging
+import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import (
-    Watched,
-    distinguisher_weights,
-    imitator_weights,
-    logged,
-    make,
-    run,
-    train,
-)
-from transformers import (
-    AutoTokenizer,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    TrainerCallback,
-)
+from safetensors.torch import save_file
+from tiny_runs import Watched, make, rows, run, train
 
 from hf_imitate import Imitator
-from hf_imitate.trainers.checkpoints import newest_complete_checkpoint
+from hf_imitate.human_rows import HumanRow
+from hf_imitate.rendering import Answer, Rendered
+from hf_imitate.trainers.checkpoints import (
+    LAST_WRITTEN,
+    check_resumable,
+    checkpoint_to_resume,
+    checkpoints,
+    damage,
+    data_digest,
+    newest_complete_checkpoint,
+    withdraw,
+)
+
+SAVING = {"save_strategy": "steps", "save_steps": 1}
 
 
-class StopAfter(TrainerCallback):
-    """Ends a run after a step, as an interruption would."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step >= self.step
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, tiny_model_dir):
+    """The output folder of a run of two steps with a checkpoint after each. Read-only."""
+    trainer = run(tmp_path_factory.mktemp("saved"), tiny_model_dir, **SAVING)
+    return Path(trainer.args.output_dir)
 
 
-def state_of(trainer):
-    moments = [trainer.optimizer.state_dict()["state"], trainer.game.learner.optimizer.state_dict()["state"]]
-    return {
-        **{f"i.{name}": value for name, value in imitator_weights(trainer).items()},
-        **{f"d.{name}": value for name, value in distinguisher_weights(trainer).items()},
-        **{
-            f"m{number}.{index}.{name}": torch.as_tensor(value)
-            for number, moment in enumerate(moments)
-            for index, values in moment.items()
-            for name, value in values.items()
-        },
-        "random": torch.get_rng_state(),
-    }
+@pytest.fixture
+def output(saved, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(saved, tmp_path / "run")
 
 
-def resumable(folder, model, **changes):
-    def late(completions, **columns):
-        return [None if i % 3 == 0 else len(text) < 4 for i, text in enumerate(completions)]
-
-    return make(
-        folder,
-        model,
-        **{
-            **{"arguments": {"checks": [late]}, "imitator_warmup_steps": 2, "distinguisher_warmup_steps": 2},
-            **{"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "retrodictive_budget": 1.0},
-            **{"lr_scheduler_type": "linear"},
-            **changes,
-        },
-    )
+def cut_off(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
 
 
-def assert_resumes(tmp_path, model, stops, **changes):
-    whole = resumable(tmp_path / "whole", model, **changes)
-    train(whole)
-    expected = state_of(whole)
-    for stop in stops:
-        first = resumable(tmp_path / f"stop{stop}", model, **changes)
-        first.add_callback(StopAfter(stop))
-        train(first)
-        torch.manual_seed(999)
-        second = resumable(tmp_path / f"stop{stop}", model, **changes)
-        train(second, resume_from_checkpoint=True)
-        assert second.state.global_step == whole.state.global_step
-        got = state_of(second)
-        assert got.keys() == expected.keys()
-        assert [name for name in expected if not torch.equal(got[name], expected[name])] == [], stop
-        assert json.dumps(second.game.state()) == json.dumps(whole.game.state())
-        assert second.likelihood.state() == whole.likelihood.state()
-        assert logged(second, "phase") == logged(whole, "phase")
-        assert logged(second, "learning_rate") == logged(whole, "learning_rate")
-    return whole
+# --- whole or not
+
+FILES = [
+    *("trainer_state.json", "adversarial_state_0.json", "adversarial_state_0.safetensors"),
+    *("optimizer.pt", "scheduler.pt", "rng_state.pth"),
+]
 
 
-def test_an_interrupted_run_goes_on_to_the_last_bit_as_if_it_had_not_been(tmp_path, tiny_model_dir):
-    """Interrupted within each of the three phases, and where one ends."""
-    assert_resumes(tmp_path, tiny_model_dir, (1, 2, 3, 6))
+def test_the_newest_checkpoint_is_that_of_the_highest_step(output):
+    (output / "checkpoint-2").rename(output / "checkpoint-10")
+    (output / "checkpoint-old").mkdir()
+    assert [path.name for path in checkpoints(output)] == ["checkpoint-10", "checkpoint-1"]
+    assert newest_complete_checkpoint(output).name == "checkpoint-10"
+    assert newest_complete_checkpoint(output, 9).name == "checkpoint-1"
+    assert newest_complete_checkpoint(output, 0) is None
+    assert newest_complete_checkpoint(output / "nowhere") is None
 
 
-def test_a_full_run_over_several_passes_goes_on_in_the_order_of_its_rows(tmp_path, tiny_model_dir):
-    """TRL's sampler draws the order of each pass from where the last draw ended; a resumed run started it anew."""
-    whole = assert_resumes(
-        tmp_path,
-        tiny_model_dir,
-        (10,),
-        full=True,
-        per_device_train_batch_size=16,
-        imitator_warmup_steps=1,
-        distinguisher_warmup_steps=1,
-        max_steps=18,
-        max_completion_length=2,
-        heldout_fraction=0.0,
-        save_steps=10,
-    )
-    assert whole.state.epoch > 2
+@pytest.mark.parametrize("name", FILES)
+def test_a_checkpoint_that_lacks_a_file_is_passed_over(output, name, caplog):
+    file = output / "checkpoint-2" / name
+    assert damage(file.parent) is None
+    file.unlink()
+    assert damage(file.parent) == f"{name} is missing"
+    with caplog.at_level(logging.WARNING):
+        assert checkpoint_to_resume(output).name == "checkpoint-1"
+    assert f"{name} is missing" in caplog.text
 
 
-def test_a_generation_batch_that_serves_several_steps_is_taken_up_again(tmp_path, tiny_model_dir):
-    assert_resumes(
-        tmp_path,
-        tiny_model_dir,
-        (3,),
-        imitator_warmup_steps=0,
-        distinguisher_warmup_steps=0,
-        max_steps=6,
-        steps_per_generation=4,
-        gradient_accumulation_steps=2,
-        per_device_train_batch_size=4,
-    )
+@pytest.mark.parametrize("name", [*FILES, "adapter_model.safetensors", "distinguisher/adapter_model.safetensors"])
+@pytest.mark.parametrize("size", [0, 7, -2], ids=["empty", "begun", "but for its end"])
+def test_a_checkpoint_with_a_file_that_was_cut_off_is_passed_over(output, name, size):
+    file = output / "checkpoint-2" / name
+    file.write_bytes(file.read_bytes()[:size])
+    assert damage(output / "checkpoint-2") == f"{name} is cut off"
+    assert checkpoint_to_resume(output).name == "checkpoint-1"
 
 
-def test_a_run_with_a_distinguisher_of_another_size_goes_on(tmp_path, tiny_model_dir):
-    """transformers would have loaded its adapter into the imitator, where it does not fit."""
-    config = Qwen3Config.from_pretrained(str(tiny_model_dir))
-    config.hidden_size, config.intermediate_size = 48, 80
-    larger = tmp_path / "larger"
-    torch.manual_seed(0)
-    Qwen3ForCausalLM(config).save_pretrained(larger)
-    AutoTokenizer.from_pretrained(str(tiny_model_dir)).save_pretrained(larger)
-    assert_resumes(tmp_path, tiny_model_dir, (5,), arguments={"distinguisher": str(larger)})
+def test_a_safetensors_file_is_as_long_as_its_header_says(output):
+    """Half of the last tensor is gone, and all that is left can be read."""
+    file = output / "checkpoint-2" / "adversarial_state_0.safetensors"
+    save_file({"a": torch.zeros(0), "b": torch.arange(100.0)}, file)
+    assert damage(file.parent) is None
+    file.write_bytes(file.read_bytes()[:-200])
+    assert damage(file.parent) == "adversarial_state_0.safetensors is cut off"
 
 
-def test_a_resumed_run_may_be_longer_than_the_first(tmp_path, tiny_model_dir):
-    first = run(tmp_path, tiny_model_dir, save_strategy="steps", save_steps=2, imitator_warmup_steps=1)
-    assert first.state.global_step == 3
-    second = make(tmp_path, tiny_model_dir, max_steps=5, imitator_warmup_steps=1)
-    train(second, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
-    assert second.state.global_step == second.state.max_steps == 6
+def test_without_a_complete_checkpoint_there_is_nothing_to_go_on_from(tmp_path, tiny_model_dir):
+    trainer = make(tmp_path, tiny_model_dir)
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_half_written_checkpoint_is_passed_over_and_written_again(output, tmp_path, tiny_model_dir):
+    (output / "checkpoint-2" / "rng_state.pth").unlink()
+    (output / "checkpoint-3").mkdir()
+    again = make(tmp_path, tiny_model_dir, max_steps=3, **SAVING)
+    train(again, resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+    assert [damage(path) for path in checkpoints(output)] == [None] * 3
+
+
+def test_a_checkpoint_that_is_written_again_is_no_checkpoint_until_it_is_done(output, tmp_path, tiny_model_dir):
+    """Else a kill in between would leave one half of each, marked as complete."""
+    again = make(tmp_path, tiny_model_dir, **SAVING)
+    marked = []
+    write = again._save_rng_state
+
+    def observed(folder):
+        marked.append(Path(folder, LAST_WRITTEN).exists())
+        write(folder)
+
+    again._save_rng_state = observed
+    train(again, resume_from_checkpoint=str(output / "checkpoint-1"))
+    assert marked == [False]
+    assert damage(output / "checkpoint-2") is None
+
+
+def test_saving_elsewhere_withdraws_nothing(tmp_path):
+    (tmp_path / LAST_WRITTEN).write_text("{}")
+    assert not withdraw(tmp_path, 0)
+    assert (tmp_path / LAST_WRITTEN).exists()
+
+
+# --- of this run or not
+
+
+def test_a_checkpoint_of_weights_alone_says_what_it_lacks(tmp_path, tiny_model_dir):
+    trainer = run(tmp_path, tiny_model_dir, save_only_model=True, max_steps=1, **SAVING)
+    with pytest.raises(FileNotFoundError, match=r"holds no adversarial_state_0\.json.*save_only_model=False"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+
+
+def test_a_checkpoint_that_is_named_and_not_whole_is_refused_by_the_file(output, tmp_path, tiny_model_dir):
+    cut_off(output / "checkpoint-2" / "adversarial_state_0.safetensors")
+    trainer = make(tmp_path, tiny_model_dir)
+    with pytest.raises(ValueError, match=r"is not whole: adversarial_state_0\.safetensors is cut off"):
+        trainer.train(resume_from_checkpoint=str(output / "checkpoint-2"))
+
+
+def test_a_checkpoint_of_another_version_is_refused(output):
+    file = output / "checkpoint-2" / "adversarial_state_0.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "version": 1}))
+    with pytest.raises(ValueError, match="is of version 1, and 2 is needed"):
+        check_resumable(output / "checkpoint-2", 0, {})
+
+
+def a_check(completions, **columns):
+    return [True] * len(completions)
+
+
+def a_reward(completions, **columns):
+    return [0.0] * len(completions)
+
+
+OTHERWISE = {
+    "num_generations": ({"num_generations": 2}, "`num_generations` was 4 and is 2"),
+    "batch": ({"per_device_train_batch_size": 16}, "`per_device_train_batch_size` was 8 and is 16"),
+    "accumulation": ({"gradient_accumulation_steps": 2}, "`gradient_accumulation_steps` was 1 and is 2"),
+    "reuse": ({"num_iterations": 2}, "`num_iterations` was 1 and is 2"),
+    "rate": ({"learning_rate": 2e-3}, "`learning_rate` was 0.001 and is 0.002"),
+    "schedule": ({"lr_scheduler_type": "linear"}, "`lr_scheduler_type` was 'constant' and is 'linear'"),
+    "warm-up": ({"imitator_warmup_steps": "auto"}, "`imitator_warmup_steps` was 0 and is 'auto'"),
+    "budget": ({"retrodictive_budget": 1.0}, "`retrodictive_budget` was None and is 1.0"),
+    "heldout": ({"heldout_fraction": 0.5}, "`heldout_fraction` was 0.25 and is 0.5"),
+    "seed": ({"seed": 7}, "`seed` was 42 and is 7"),
+    "no adapter": ({"full": True}, "`imitator` was 'an adapter' and is 'all weights'"),
+    "check": ({"arguments": {"checks": [a_check]}}, r"`checks` was \[\] and is \['a_check'\]"),
+    "reward": (
+        {"arguments": {"reward_funcs": a_reward}},
+        r"`reward_funcs` was \['distinguisher'\] and is \['dis.*a_r",
+    ),
+    "rows": ({"dataset": rows(31)}, "`train_dataset` was '32 rows, [0-9a-f]{16}' and is '31 rows, "),
+    "answers": ({"dataset": rows(answers=("abc", "dx"))}, "`train_dataset` was '32 rows, "),
+}
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_a_run_that_is_not_the_one_that_was_saved_is_refused_by_the_setting(saved, tmp_path, tiny_model_dir, name):
+    """Each of them went through silently, and was ignored or changed the law."""
+    changes, message = OTHERWISE[name]
+    trainer = make(tmp_path, tiny_model_dir, **changes)
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=str(saved / "checkpoint-1"))
+
+
+def test_a_resumed_run_may_be_longer_than_the_first(saved, tmp_path, tiny_model_dir):
+    second = make(tmp_path, tiny_model_dir, max_steps=4, logging_steps=2)
+    train(second, resume_from_checkpoint=str(saved / "checkpoint-2"))
+    assert second.state.global_step == second.state.max_steps == 4
+
+
+def test_a_digest_knows_every_question_answer_and_weight_and_shows_none():
+    def row(text, weight=1.0):
+        return HumanRow(Rendered([1], [2], True), Answer(text, True), weight, 1)
+
+    digest = data_digest(["q", "r"], {0: row("a")})
+    assert digest == data_digest(["q", "r"], {0: row("a")})
+    others = [(["q", "s"], {0: row("a")}), (["q", "r"], {1: row("a")}), (["q", "r"], {0: row("b")})]
+    others += [(["q", "r"], {0: row("a", 2.0)}), (["q"], {0: row("a")})]
+    assert len({digest, *(data_digest(*other) for other in others)}) == 6
+    assert data_digest([], {}).startswith("0 rows")
+
+
+# --- what goes on
 
 
 def test_a_pause_survives_an_interruption(tmp_path, tiny_model_dir):
@@ -157,33 +225,25 @@ def test_a_pause_survives_an_interruption(tmp_path, tiny_model_dir):
     assert (second.batches[0]["advantages"] == 0).all()
 
 
-def test_a_half_written_checkpoint_is_passed_over(tmp_path, tiny_model_dir):
-    trainer = run(tmp_path, tiny_model_dir, save_strategy="steps", save_steps=1)
-    folder = Path(trainer.args.output_dir)
-    newest = folder / "checkpoint-2" / "trainer_state.json"
-    newest.write_text(newest.read_text()[:-20])
-    (folder / "checkpoint-3").mkdir()
-    assert newest_complete_checkpoint(folder) == folder / "checkpoint-1"
-    assert newest_complete_checkpoint(folder, 0) is None
-    again = make(tmp_path, tiny_model_dir)
-    train(again, resume_from_checkpoint=True)
+def test_a_run_resumed_at_its_end_takes_no_further_step(saved, tmp_path, tiny_model_dir):
+    """transformers would take one: it asks whether it was the last after it took it."""
+    again = make(tmp_path, tiny_model_dir, kind=Watched)
+    train(again, resume_from_checkpoint=str(saved / "checkpoint-2"))
     assert again.state.global_step == 2
+    assert again.batches == []
 
 
-def test_without_a_complete_checkpoint_there_is_nothing_to_go_on_from(tmp_path, tiny_model_dir):
-    trainer = make(tmp_path, tiny_model_dir)
-    with pytest.raises(ValueError, match="no complete checkpoint"):
-        trainer.train(resume_from_checkpoint=True)
+def test_what_was_not_logged_yet_is_in_the_next_log(tmp_path, tiny_model_dir):
+    """transformers and TRL forget the steps between the last log and the checkpoint."""
+    whole = run(tmp_path, tiny_model_dir, max_steps=3, logging_steps=3, **SAVING)
+    again = make(tmp_path / "again", tiny_model_dir, max_steps=3, logging_steps=3)
+    train(again, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    (expected, _), (got, _) = whole.state.log_history, again.state.log_history
+    names = ("loss", "reward", "entropy", "distinguisher/margin", "retrodiction/bits_per_answer")
+    assert [got[name] for name in names] == [expected[name] for name in names]
+    assert all(math.isfinite(got[name]) for name in names)
 
 
-def test_a_checkpoint_of_weights_alone_says_what_it_lacks(tmp_path, tiny_model_dir):
-    trainer = run(tmp_path, tiny_model_dir, save_strategy="steps", save_steps=1, save_only_model=True)
-    with pytest.raises(FileNotFoundError, match=r"holds no adversarial_state\.json for this process"):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
-
-
-def test_a_checkpoint_is_an_imitator_too(tmp_path, tiny_model_dir):
-    run(tmp_path, tiny_model_dir, save_strategy="steps", save_steps=1, max_steps=1)
-    folder = tmp_path / "run" / "checkpoint-1"
-    assert not (folder / "training_args.bin").exists()
-    assert Imitator.from_pretrained(folder).human_logit(["Item 3:"], ["abc"]).shape == (1,)
+def test_a_checkpoint_is_an_imitator_too(saved):
+    assert not (saved / "checkpoint-1" / "training_args.bin").exists()
+    assert Imitator.from_pretrained(saved / "checkpoint-1").human_logit(["Item 3:"], ["abc"]).shape == (1,)

@@ -1,5 +1,7 @@
 import math
+import traceback
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,8 +62,19 @@ def test_a_check_that_raises_is_named_and_its_error_kept():
     with pytest.raises(RuntimeError, match="'broken' raised KeyError on 2 answers") as raised:
         check_outcomes([is_short, broken], ["q", "r"], ["a", "b"])
 
-    assert isinstance(raised.value.__cause__, KeyError)
-    assert "private" not in str(raised.value)
+    assert isinstance(raised.value.__context__, KeyError)
+    printed = "".join(traceback.format_exception(raised.value))
+    assert f"{Path(__file__).name}, line {broken.__code__.co_firstlineno + 1}" in printed
+    # Of this file's own lines the traceback shows the source; the error's words would stand after its name.
+    assert "KeyError: 'a private answer'" not in printed
+
+
+def test_a_check_that_does_not_take_what_it_is_given_is_told_what_that_is():
+    def narrow(completions):
+        return [1.0 for _ in completions]
+
+    with pytest.raises(RuntimeError, match=r"'narrow' raised TypeError .*`completion_ids` and every other column"):
+        check_outcomes([narrow], ["q"], ["a"])
 
 
 @pytest.mark.parametrize(
@@ -89,8 +102,9 @@ def test_what_is_no_outcome_is_named(returned, error, message):
 
 @pytest.mark.parametrize("check", [lambda **_: [], partial(is_short)], ids=["lambda", "partial"])
 def test_a_check_without_a_name_of_its_own_is_an_error(check):
-    with pytest.raises(ValueError, match="name of its own"):
+    with pytest.raises(ValueError, match="name of its own") as caught:
         check_name(check)
+    assert "is_short" not in str(caught.value)  # what a partial was given may be a row
 
 
 def test_names_must_differ():

@@ -5,13 +5,14 @@ import torch
 from distinguishers import LORA, causal_lm, imitator_model, is_short, is_wanted, trained
 from transformers import AutoTokenizer
 
-from hf_imitate.contest import Round, judge, merged, run_checks
+from hf_imitate.contest import Round, merged, run_checks, score_then_update
 from hf_imitate.distinguisher import Distinguisher
 from hf_imitate.human_rows import ROW_COLUMN, HumanRow
 from hf_imitate.pairs import Learner, Pair
-from hf_imitate.rendering import Answer, Rendered
+from hf_imitate.rendering import Answer, Rendered, Renderer
 
 NAN = float("nan")
+RENDERER = Renderer(None, [1])
 NUM_GENERATIONS = 3
 
 
@@ -74,7 +75,7 @@ def test_scores_are_those_before_the_update_for_rows_learned_from_too(make, shar
     distinguisher, batch = make(shared=shared), a_round()
     expected = text_scores(distinguisher, batch)
 
-    scores = judge(Learner(distinguisher, 1e-2), batch, learn_from, [[]] * num_updates)
+    scores = score_then_update(Learner(distinguisher, 1e-2), batch, learn_from, [[]] * num_updates)
 
     assert_scores(scores, expected)
     moved = text_scores(distinguisher, batch)[0] - expected[0]
@@ -86,7 +87,7 @@ def test_only_scoring_changes_nothing(make):
     distinguisher, batch = make(), a_round()
     before = [p.detach().clone() for p in distinguisher.trainable_parameters()]
 
-    scores = judge(Learner(distinguisher, 1e-2), batch, [0, 1])
+    scores = score_then_update(Learner(distinguisher, 1e-2), batch, [0, 1])
 
     assert_scores(scores, text_scores(distinguisher, batch))
     assert math.isnan(scores.loss)
@@ -108,7 +109,7 @@ def test_score_and_training_share_one_forward(make, monkeypatch, learn_from, num
     forward = distinguisher.text_logits
     monkeypatch.setattr(distinguisher, "text_logits", lambda rows: read.append(len(rows)) or forward(rows))
 
-    judge(Learner(distinguisher, 1e-3), batch, learn_from, [[]] * num_updates)
+    score_then_update(Learner(distinguisher, 1e-3), batch, learn_from, [[]] * num_updates)
 
     assert sum(read) == num_texts
 
@@ -118,8 +119,8 @@ def test_old_answers_are_learned_from_and_never_scored(make):
     one, other = make(), make()
     expected = text_scores(one, batch)
 
-    scores = judge(Learner(one, 1e-3), batch, [0], [old])
-    judge(Learner(other, 1e-3), batch, [0], [[]])
+    scores = score_then_update(Learner(one, 1e-3), batch, [0], [old])
+    score_then_update(Learner(other, 1e-3), batch, [0], [[]])
 
     assert_scores(scores, expected)
     assert not torch.equal(one.head.weight, other.head.weight)
@@ -129,7 +130,7 @@ def test_the_update_is_that_of_the_same_pairs_one_by_one(make):
     batch, old = a_round(), [Pair("old", Answer("was", True), (Answer("gone", True),))]
     one, other = make(), make()
 
-    judge(Learner(one, 1e-3), batch, [0, 1, 4], [old], max_rows=2)
+    score_then_update(Learner(one, 1e-3), batch, [0, 1, 4], [old], max_rows=2)
     Learner(other, 1e-3).step([*(batch.pair(i) for i in (0, 1, 4)), *old])
 
     for p, q in zip(one.trainable_parameters(), other.trainable_parameters(), strict=True):
@@ -149,7 +150,7 @@ def test_a_check_that_does_not_apply_to_one_side_counts_on_neither_learned_from_
     added_imitator = torch.tensor([-0.5, 0.5, 0.0, -0.5 + 1.0, 0.5 - 1.0, 1.0, -0.5 + 1.0, 0.5 - 1.0, 1.0])
     added_human = torch.tensor([0.5, 0.5, 0.0, -0.5 + 1.0, -0.5 + 1.0, 1.0, 0.0, 0.0, 0.0])
 
-    scores = judge(Learner(distinguisher, 1e-3), batch, learn_from, [[]])
+    scores = score_then_update(Learner(distinguisher, 1e-3), batch, learn_from, [[]])
 
     assert_scores(scores, (text_imitator + added_imitator, text_human + added_human))
 
@@ -216,6 +217,7 @@ def test_checks_are_called_once_per_side_with_the_same_questions_and_columns():
         [Answer("x", True), Answer("xy", True), Answer("", True)],
         [human_row("abc"), None, human_row("abcde")],
         [[1], [2], [3]],
+        RENDERER,
     )
 
     assert calls == [
@@ -229,11 +231,11 @@ def test_checks_are_called_once_per_side_with_the_same_questions_and_columns():
 def test_without_human_answers_no_check_is_asked_about_them():
     rows = [{"prompt": "q", "completion": None}]
 
-    outcomes, human_outcomes = run_checks([is_short], rows, ["q"], [Answer("x", True)], [None], [[1]])
+    outcomes, human_outcomes = run_checks([is_short], rows, ["q"], [Answer("x", True)], [None], [[1]], RENDERER)
 
     assert outcomes.tolist() == [[1.0]]
     assert human_outcomes.isnan().all()
-    assert run_checks([], rows, ["q"], [Answer("x", True)], [None], [[1]])[0].shape == (1, 0)
+    assert run_checks([], rows, ["q"], [Answer("x", True)], [None], [[1]], RENDERER)[0].shape == (1, 0)
 
 
 def human_row(text, ended=True):
@@ -249,9 +251,26 @@ def test_a_check_cannot_tell_a_cut_or_untidy_human_answer_by_its_form():
         return [1.0] * len(completions)
 
     rows = [{"prompt": "q", "completion": "Set the name and return it  \r\n", ROW_COLUMN: 0}]
-    run_checks([spy], rows, ["q"], [Answer("Set the \n", False)], [human_row("Set the ", ended=False)], [[1]])
+    run_checks(
+        [spy], rows, ["q"], [Answer("Set the \n", False)], [human_row("Set the ", ended=False)], [[1]], RENDERER
+    )
     chat = [{"role": "user", "content": "q"}]
-    run_checks([spy], rows, [chat], [Answer("Set the", True)], [human_row("Set the")], [[1]])
+    run_checks([spy], rows, [chat], [Answer("Set the", True)], [human_row("Set the")], [[1]], RENDERER)
 
     assert seen[:2] == [["Set the"], ["Set the"]]
     assert seen[2] == seen[3] == [[{"role": "assistant", "content": "Set the"}]]
+
+
+def test_a_check_sees_both_sides_in_the_role_whose_turn_it_is():
+    seen = []
+
+    def spy(prompts, completions, completion_ids=None, **columns):
+        seen.append(completions)
+        return [1.0] * len(completions)
+
+    renderer = Renderer(None, [1], completion_role="user")
+    chat = [{"role": "assistant", "content": "How can I help?"}]
+    rows = [{"prompt": chat, "completion": None, ROW_COLUMN: 0}]
+    run_checks([spy], rows, [chat], [Answer("Set the", True)], [human_row("Set the")], [[1]], renderer)
+
+    assert seen == [[[{"role": "user", "content": "Set the"}]]] * 2

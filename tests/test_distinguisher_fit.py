@@ -63,8 +63,8 @@ def test_a_fit_to_nothing_is_an_error(tiny_model_dir, tokenizer):
 def test_loss_and_accuracy_are_means_over_comparisons():
     """A pair with two comparisons counts twice; a tie counts one half; no comparison at all is no number."""
     logits = [
-        Logits(torch.tensor([2.0, 2.0]), torch.tensor([1.0, 2.0])),
-        Logits(torch.tensor([0.0]), torch.tensor([3.0])),
+        Logits(torch.tensor([2.0, 2.0]), torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])),
+        Logits(torch.tensor([0.0]), torch.tensor([3.0]), torch.tensor([3.0])),
     ]
 
     loss, accuracy = mean_loss_and_accuracy(logits, "bce")

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from hf_imitate.guards import PATIENCE, STOP_AFTER, Guard
+from hf_imitate.guards import PATIENCE, STOP_AFTER, Guard, Memory
 
 WELL = {"accuracy": 0.7, "spread": 1.0, "truncated": 0.05, "truncated_human": 0.05}
 
@@ -94,6 +94,46 @@ def test_too_few_answers_to_know_the_start_pause_nothing():
     assert guard.num_at_start == 64
 
 
+def test_a_collapse_within_the_first_batches_is_none_of_the_imitators_usual_ways():
+    """Eight batches of eight answers: without the answers from before the game, they would be all there is to compare
+    with."""
+    collapse = [(0.6, 1.0, share, 0.0, 8) for share in np.linspace(0.2, 1.0, 8)]
+    naive, guard = Guard(), Guard()
+    for _ in range(10):
+        guard.note_start(0.05, 8)
+
+    assert not any(naive.update(*batch) for batch in collapse)
+    assert any(guard.update(*batch) for batch in collapse)
+    assert guard.truncated_at_start == pytest.approx(0.05)
+    assert guard.num_at_start == 80
+
+
+def test_too_few_answers_from_before_the_game_are_topped_up():
+    guard = Guard()
+    guard.note_start(0.0, 32)
+
+    for _ in range(10):
+        guard.update(0.6, 1.0, 0.5, 0.0, num_answers=16)
+
+    assert guard.num_at_start == 64
+    assert guard.truncated_at_start == pytest.approx(0.25)
+
+
+def test_a_lucky_first_batch_of_the_game_does_not_make_the_usual_share_a_collapse():
+    """Seen on Sudoku: 6 % of answers were cut all through the warm-up, 1 % in the game's first twelve questions; the
+    12 % that the first steps of the game brought were called a collapse, and the run was stopped."""
+    shares = [0.01] + [0.12] * 60
+    naive, guard = Guard(), Guard()
+    for _ in range(100):
+        guard.note_start(0.06, 96, asks_all=False)
+
+    assert any(naive.update(0.6, 1.0, share, 0.0, 96) for share in shares)
+    assert not any(guard.update(0.6, 1.0, share, 0.0, 96) for share in shares)
+    assert guard.truncated_labelled == pytest.approx(0.06)
+    assert guard.num_at_start == 96  # the game's questions are of other kinds, so its own first answers count, too
+    assert any(guard.update(0.6, 1.0, 0.5, 0.0, 96) for _ in range(10))
+
+
 def test_a_perfect_distinguisher_whose_rewards_do_not_spread_pauses_the_imitator():
     reasons = run(Guard(), 3, accuracy=1.0, spread=1e-4)
 
@@ -166,3 +206,70 @@ def test_its_state_goes_through_json_and_on():
 
     assert other == one
     assert run(other, 5, truncated=1.0) == run(one, 5, truncated=1.0)
+
+
+# --- memory
+
+
+def warnings_of(memory, accuracy, accuracy_heldout, num=15, num_heldout=1, steps=400):
+    said = [memory.update(accuracy, num, accuracy_heldout, num_heldout) for _ in range(steps)]
+    return [(step, warning) for step, warning in enumerate(said) if warning]
+
+
+def test_a_distinguisher_that_knows_only_what_it_saw_is_named_once_with_its_cures():
+    (first, warning), *others = warnings_of(Memory(10_000, 500), 0.9, 0.6)
+
+    assert 5 <= first < 40
+    assert others == []
+    assert "right in 90% of pairs" in warning
+    assert "60% with held-out" in warning
+    for cure in (
+        "more human rows",
+        "smaller `distinguisher`",
+        "`distinguisher_steps`",
+        "`distinguisher_learning_rate`",
+    ):
+        assert cure in warning
+
+
+@pytest.mark.parametrize(("accuracy", "heldout"), [(0.9, 0.9), (0.6, 0.9), (0.9, 0.82), (1.0, 1.0), (0.5, 0.5)])
+def test_a_gap_below_a_tenth_is_no_memory(accuracy, heldout):
+    assert warnings_of(Memory(10_000, 500), accuracy, heldout) == []
+
+
+def test_chance_is_hardly_ever_taken_for_memory():
+    """Fifty runs of two hundred batches at each accuracy; each trial a coin, the widest that a win can vary."""
+    generator, said = np.random.default_rng(0), 0
+    for accuracy in (0.5, 0.7, 0.9, 0.97):
+        for _ in range(50):
+            memory = Memory(10_000, 500)
+            for _ in range(200):
+                num_heldout = generator.binomial(16, 0.05)
+                wins = generator.binomial([16 - num_heldout, num_heldout], accuracy)
+                share = wins / np.maximum([16 - num_heldout, num_heldout], 1)
+                said += memory.update(share[0], 16 - num_heldout, share[1], num_heldout) is not None
+    assert said <= 8
+
+
+def test_three_held_out_answers_prove_nothing_however_often_they_come_back():
+    assert warnings_of(Memory(60, 3), 0.9, 0.5) == []
+    assert len(warnings_of(Memory(6000, 300), 0.9, 0.5)) == 1
+
+
+def test_without_held_out_answers_memory_is_not_judged():
+    assert warnings_of(Memory(60, 0), 1.0, float("nan"), num_heldout=0) == []
+
+
+def test_memory_of_long_ago_is_forgotten():
+    memory = Memory(10_000, 500)
+    warnings_of(memory, 0.9, 0.88, steps=1000)
+    assert warnings_of(memory, 0.9, 0.5) != []
+
+
+def test_what_is_known_of_memory_goes_through_json_and_on():
+    one = Memory(10_000, 500)
+    warnings_of(one, 0.9, 0.6, steps=5)
+    other = Memory(**json.loads(json.dumps(one.state())))
+
+    assert other == one
+    assert warnings_of(other, 0.9, 0.6) == warnings_of(one, 0.9, 0.6)

@@ -125,6 +125,32 @@ def test_a_cold_imitator_repeats_itself(imitator):
     assert len(set(imitator.answer(["Return the"], num_answers=20)[0])) > 10
 
 
+def test_own_answers_are_verified_and_others_are_not(imitator):
+    answers = imitator.answer(QUESTIONS, num_answers=4, seed=1)
+
+    result = imitator.verify(QUESTIONS, answers, seed=1, batch_size=5)
+
+    assert result.verified
+    assert result.num_mismatched == 0 < result.num_tokens
+    assert imitator.verify(QUESTIONS, [each[2:] for each in answers], seed=1, first_draw=2).verified
+    assert not imitator.verify(QUESTIONS, answers, seed=2).verified
+    assert not imitator.verify(QUESTIONS, answers, seed=1, temperature=0.1).verified
+    assert not imitator.verify(QUESTIONS, answers, seed=1, max_new_tokens=5).verified
+    other = Imitator(imitator.model.get_base_model(), imitator.tokenizer, max_new_tokens=6)
+    with imitator.model.disable_adapter():
+        assert not other.verify(QUESTIONS, answers, seed=1).verified
+
+
+def test_a_tolerance_for_the_rounding_of_logits_leaves_capacity(imitator):
+    answers = imitator.answer(QUESTIONS, num_answers=4)
+
+    assert (
+        imitator.verify(QUESTIONS, answers).capacity_bits
+        < 1
+        < imitator.verify(QUESTIONS, answers, tolerance=0.5).capacity_bits
+    )
+
+
 def test_log_prob_is_the_sum_over_the_tokens_and_the_end_token(plain):
     answer = " the é"
     ids = plain.tokenizer("Return")["input_ids"]
@@ -243,6 +269,7 @@ def test_an_imitator_without_distinguisher_says_where_one_comes_from(plain):
 def test_nothing_asked_is_nothing_answered(imitator):
     assert imitator.answer([]) == []
     assert imitator.log_prob([], []).nats.shape == (0,)
+    assert imitator.verify([], []).verified
     assert imitator.human_logit([], [], text_only=True).shape == (0,)
 
 

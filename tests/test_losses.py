@@ -55,6 +55,10 @@ def test_bradley_terry_at_its_closed_form():
     expected = [math.log1p(math.exp(-3)) + 0.01, math.log(2)]
     assert loss.tolist() == pytest.approx(expected)
 
+    with_checks = bradley_terry_loss(torch.tensor([2.0]), torch.tensor([-1.0]), text_sum=torch.tensor([-3.0]))
+
+    assert with_checks.tolist() == pytest.approx([math.log1p(math.exp(-3)) + 0.09])
+
 
 def test_without_centring_the_optimum_is_the_log_ratio_up_to_a_constant():
     best = optimum(lambda human, imitator: bradley_terry_loss(human, imitator) - CENTERING * (human + imitator) ** 2)

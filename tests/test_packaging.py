@@ -207,7 +207,7 @@ def test_the_readme_has_a_line_for_every_file():
     files = [path for path in package_files().values() if path.name not in ("__init__.py", "py.typed")]
     files += [
         *(ROOT / "docs").glob("*.md"),
-        *(ROOT / "benchmarks").glob("[!_]*.py"),
+        *(ROOT / "benchmarks").rglob("[!_]*.py"),
         *(ROOT / "examples").glob("*.py"),
     ]
     expected = {path.relative_to(ROOT).as_posix() for path in files}

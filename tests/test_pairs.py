@@ -208,6 +208,19 @@ def test_a_check_that_tells_the_sides_apart_gains_weight_and_one_that_does_not_g
     assert distinguisher.check_weights[1].abs() < 0.1
 
 
+@pytest.mark.parametrize("outcome", [0.0, 1.0])
+def test_a_check_that_both_sides_pass_or_fail_says_nothing_about_its_weight(make, outcome):
+    """The constant of a question is pinned for the texts alone; else passing together would pull the weight to 0."""
+    distinguisher = make(checks=[is_short])
+    pairs = [Pair(p.prompt, p.human, p.imitator, 1.0, (outcome,), ((outcome,),) * len(p.imitator)) for p in PAIRS]
+
+    _, gradient = parameters_after(distinguisher, [pairs])
+
+    assert gradient[-1].shape == (1,)
+    assert gradient[-1].abs().max() < 1e-7
+    assert max(g.abs().max() for g in gradient[:-1]) > 1e-3
+
+
 def test_checks_that_do_not_apply_to_one_side_are_left_out_on_both(make):
     distinguisher = make(checks=[is_short, is_wanted])  # weights 1 and 2
     answer = Answer("a", True)
@@ -268,10 +281,13 @@ def test_a_saturated_distinguisher_stays_finite_and_can_go_back(make):
 
 
 def test_a_step_without_pairs_moves_nothing(make):
+    """Not by momentum either, which a process whose gradients were reduced to zeros would follow."""
     distinguisher = make()
+    learner = Learner(distinguisher, 1e-3, reduce=lambda tensor: tensor.clone())
+    learner.step(PAIRS)
     before = [p.detach().clone() for p in distinguisher.trainable_parameters()]
 
-    result = Learner(distinguisher, 1e-3).step([])
+    result = learner.step([])
 
     assert result == (0.0, [])
     assert_all_close(distinguisher.trainable_parameters(), before, atol=0)

@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
-from hf_imitate.rendering import Answer, Rendered, Renderer, canonical_text, collate, end_token_ids
+from hf_imitate.rendering import (
+    Answer,
+    Rendered,
+    Renderer,
+    TurnError,
+    canonical_text,
+    closing_id,
+    collate,
+    end_token_ids,
+    next_speaker,
+)
 
 QUESTION = [{"role": "user", "content": "Return the number?"}]
 
@@ -246,3 +256,67 @@ def test_an_empty_question_is_an_error_where_it_would_leave_a_token_unscored():
 
     with pytest.raises(ValueError, match=r"1 of 2 questions.*number 1.*start token"):
         collate(rows, pad_token_id=0)
+
+
+@pytest.mark.parametrize(
+    ("roles", "speaker"),
+    [
+        ([], "user"),
+        (["system"], "user"),
+        (["user"], "assistant"),
+        (["user", "assistant"], "user"),
+        (["user", "assistant", "tool"], "assistant"),
+    ],
+)
+def test_two_take_turns_and_the_user_begins(roles, speaker):
+    assert next_speaker([{"role": role, "content": "x"} for role in roles]) == speaker
+
+
+def test_a_users_turn_is_opened_by_what_the_template_puts_before_a_users_words(chat_tokenizer):
+    renderer = Renderer(chat_tokenizer, [chat_tokenizer.eos_token_id], completion_role="user")
+    told = [*QUESTION, {"role": "assistant", "content": "3."}]
+
+    row = renderer.human([told], [[{"role": "user", "content": " Thanks."}]])[0]
+
+    whole = chat_tokenizer.apply_chat_template([*told, {"role": "user", "content": " Thanks."}], tokenize=False)
+    assert chat_tokenizer.decode(row.prompt_ids + row.answer_ids) + "\n" == whole
+    assert renderer.as_completion(told, "x") == [{"role": "user", "content": "x"}]
+
+
+def test_each_role_ends_its_turn_with_its_own_token(chat_tokenizer, monkeypatch):
+    ends = chat_tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    template = (
+        "{% for m in messages %}{{ m['content'] }}"
+        "{{ '<|im_end|>' if m['role'] == 'user' else '<|endoftext|>' }}{% endfor %}"
+    )
+    monkeypatch.setattr(chat_tokenizer, "chat_template", template)
+    renderer = Renderer(chat_tokenizer, ends, completion_role="alternating")
+    told = [*QUESTION, {"role": "assistant", "content": "3."}]
+
+    rows = renderer.human([QUESTION, told], ["yes", "yes"])
+
+    assert [row.answer_ids[-1] for row in rows] == ends
+    assert [closing_id(chat_tokenizer, role) for role in ("assistant", "user")] == ends
+
+
+def test_an_answer_in_another_role_than_the_opened_turn_is_an_error_without_its_text(chat_renderer):
+    with pytest.raises(ValueError, match=r"Answer 1 .*'assistant'.*`completion_role`") as error:
+        chat_renderer.human([QUESTION] * 2, ["yes", [{"role": "user", "content": "secret"}]])
+    assert "secret" not in str(error.value)
+
+
+def test_a_role_that_never_answers_is_an_error(chat_tokenizer):
+    with pytest.raises(ValueError, match=r"`completion_role` is 'tool'; need one of"):
+        Renderer(chat_tokenizer, [1], completion_role="tool")
+
+
+def test_a_template_that_shows_a_message_twice_cannot_open_a_users_turn(chat_tokenizer, monkeypatch):
+    """Cut at the first of the two, the answer would stand in its own question."""
+    monkeypatch.setattr(chat_tokenizer, "chat_template", MESSAGES + "{{ m['content'] }}<|im_end|>{% endfor %}")
+    renderer = Renderer(chat_tokenizer, [chat_tokenizer.eos_token_id], completion_role="user")
+
+    with pytest.raises(
+        TurnError, match=r"the user's turn after 2 of 2 questions \(number 0, 1; ValueError\)"
+    ) as error:
+        renderer.prompt_ids([QUESTION, QUESTION])
+    assert error.value.indices == [0, 1]

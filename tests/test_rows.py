@@ -15,8 +15,8 @@ from hf_imitate.rows import (
     _Texts,
     answer_text,
     check_columns,
-    completion_role,
     is_conversational_row,
+    last_roles,
     question_key,
     split_by_question,
 )
@@ -184,15 +184,22 @@ def test_equal_questions_have_equal_keys_whatever_arrow_filled_in():
 
 def test_answers_are_read_from_both_formats():
     assert (answer_text("a"), answer_text(None), answer_text([message("b", "user")])) == ("a", None, "b")
-    assert (completion_role("a"), completion_role(None), completion_role([message("b", "user")])) == (
-        None,
-        None,
-        "user",
-    )
     assert is_conversational_row([message()])
     assert not is_conversational_row("q")
     with pytest.raises(ValueError, match="exactly one message; got 2 messages"):
         answer_text([message(), message()])
+
+
+def test_the_last_role_of_each_row_is_read_in_the_data_sets_order():
+    rows = [
+        {"prompt": [message("s", "system")], "completion": [message("a", "user")]},
+        {"prompt": [message("q", "user"), message("r", "assistant")], "completion": None},
+        {"prompt": [message("q", "user")], "completion": [message("a", "assistant")]},
+    ]
+    dataset = Dataset.from_list(rows).select([2, 0, 1])
+    assert last_roles(dataset, "prompt") == ["user", "system", "assistant"]
+    assert last_roles(dataset, "completion") == ["assistant", "user", None]
+    assert last_roles(plain(["q"], ["a"]), "completion") == [None]
 
 
 def random_rows(seed: int, num_rows: int = 60) -> Dataset:

@@ -1,17 +1,27 @@
 import copy
 import hashlib
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from scipy.stats import chisquare, kstest
+from scipy.stats import chisquare, gumbel_r, kstest
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
+from hf_imitate import sampling
 from hf_imitate.rendering import Answer, Renderer
-from hf_imitate.sampling import KeyedSampler, draw_answers, inverse_cdf, keyed_uniform, stream_key
+from hf_imitate.sampling import GumbelSampler, draw_answers, generate_with, gumbel_noise, stream_key
 
 PAD, END, VOCAB = 0, 1, 5
 QUESTIONS = ["a", "b c a", "c c", "a b", "b"]
@@ -264,13 +274,28 @@ def test_a_question_without_tokens_is_named_by_its_number(model, renderer):
         draw_answers(model, renderer, ["a", ""], num_answers=1, seed=0, max_new_tokens=3)
 
 
-def test_the_key_schedule_is_the_documented_one():
+def philox(key, number_of_blocks):
+    """Philox-4x64-10 in plain integers, from the paper; the counter starts at 1. Four numbers of 64 bits a block."""
+    mask, numbers = 2**64 - 1, []
+    for block in range(1, number_of_blocks + 1):
+        x, k = [block, 0, 0, 0], [key & mask, key >> 64]
+        for _ in range(10):
+            first, second = 0xD2E7470EE14C6C93 * x[0], 0xCA5A826395121157 * x[2]
+            x = [(second >> 64) ^ x[1] ^ k[0], second & mask, (first >> 64) ^ x[3] ^ k[1], first & mask]
+            k = [(k[0] + 0x9E3779B97F4A7C15) & mask, (k[1] + 0xBB67AE8584CAA73B) & mask]
+        numbers += x
+    return numbers
+
+
+def test_the_schedule_of_keys_and_noise_is_the_documented_one():
     text = json.dumps([7, "answer", json.dumps("caf\u00e9"), 2, 0], separators=(",", ":"))
     key = hashlib.blake2b(text.encode(), digest_size=32, person=b"hf-imitate draw").digest()
-    digest = hashlib.blake2b((3).to_bytes(8, "little"), digest_size=8, key=key).digest()
+    digest = hashlib.blake2b((3).to_bytes(8, "little"), digest_size=16, key=key).digest()
+    uniform = [((bits >> 12) + 0.5) / 2**52 for bits in philox(int.from_bytes(digest, "little"), 3)]
 
     assert stream_key(7, "answer", "caf\u00e9", 2) == key
-    assert keyed_uniform(key, 3) == (int.from_bytes(digest, "little") >> 11) / 2**53
+    expected = [-math.log(-math.log(number)) for number in uniform]
+    np.testing.assert_allclose(gumbel_noise([key], [3], 12)[0].numpy(), expected, rtol=1e-13)
 
 
 def test_every_part_of_the_key_counts():
@@ -290,39 +315,129 @@ def test_a_message_list_is_keyed_by_what_it_says():
     assert stream_key(0, "answer", one, 0) != stream_key(0, "answer", [{"role": "user", "content": "b"}], 0)
 
 
-def test_keyed_numbers_are_uniform_along_draws_and_along_positions():
-    along_draws = [keyed_uniform(stream_key(0, "answer", "a", draw), 0) for draw in range(2000)]
-    along_positions = [keyed_uniform(stream_key(0, "answer", "a", 0), position) for position in range(2000)]
+def test_noise_is_gumbel_along_draws_positions_and_tokens():
+    keys = [stream_key(0, "answer", "a", draw) for draw in range(2000)]
+    along_draws = gumbel_noise(keys, [0] * 2000, 1)[:, 0]
+    along_positions = gumbel_noise(keys[:1] * 2000, range(2000), 1)[:, 0]
+    along_tokens = gumbel_noise(keys[:1], [0], 2000)[0]
 
-    assert kstest(along_draws, "uniform").pvalue > 0.001
-    assert kstest(along_positions, "uniform").pvalue > 0.001
-    assert abs(np.corrcoef(along_draws, along_positions)[0, 1]) < 0.05
-
-
-def test_a_number_picks_the_token_whose_interval_holds_it():
-    law = torch.tensor([[0.25, 0.0, 0.5, 0.25, 0.0]]).log()
-    numbers = torch.tensor([0.0, 0.2499, 0.2501, 0.7499, 0.7501, 1 - 2.0**-53], dtype=torch.float64)
-
-    picked = inverse_cdf(law.expand(6, -1), numbers)
-
-    assert picked.tolist() == [0, 0, 2, 2, 3, 3]
+    for noise in (along_draws, along_positions, along_tokens):
+        assert kstest(noise.numpy(), gumbel_r.cdf).pvalue > 0.001
+    correlations = np.corrcoef([along_draws, along_positions, along_tokens])
+    assert np.abs(correlations - np.eye(3)).max() < 0.08
 
 
-def test_a_token_of_probability_zero_is_never_picked_first_or_last():
-    law = torch.tensor([[0.0, 1.0, 0.0]]).log()
+def test_noise_does_not_depend_on_what_else_is_computed(monkeypatch):
+    keys = [stream_key(0, "answer", "a", draw) for draw in range(5)]
+    together = gumbel_noise(keys, [4, 3, 2, 1, 0], 50)
 
-    assert inverse_cdf(law.expand(2, -1), torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist() == [1, 1]
+    one_by_one = torch.cat([gumbel_noise([key], [4 - row], 70)[:, :50] for row, key in enumerate(keys)])
+    monkeypatch.setattr(sampling, "_THREADS_PAY", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    on_threads = gumbel_noise(keys, [4, 3, 2, 1, 0], 50)
+
+    assert torch.equal(together, one_by_one)
+    assert torch.equal(together, on_threads)
 
 
-def test_the_sampler_keeps_one_token_of_each_row():
-    keys = [stream_key(0, "answer", "a", draw) for draw in range(3)]
-    scores = torch.randn(3, VOCAB)
+@pytest.mark.parametrize("bits", [0, 2**64 - 1])
+def test_the_most_extreme_noise_is_finite(monkeypatch, bits):
+    class Extreme:
+        def __init__(self, key, counter): ...
 
-    kept = KeyedSampler(keys, prompt_length=2)(torch.zeros(3, 2, dtype=torch.long), scores)
+        def random_raw(self, size):
+            return np.full(size, bits, dtype=np.uint64)
 
-    numbers = torch.tensor([keyed_uniform(key, 0) for key in keys], dtype=torch.float64)
-    assert kept.isfinite().sum(dim=1).tolist() == [1, 1, 1]
-    assert torch.equal(kept.argmax(dim=1), inverse_cdf(scores, numbers))
+    monkeypatch.setattr(np.random, "Philox", Extreme)
+
+    noise = gumbel_noise([bytes(32)], [0], 3)
+
+    assert noise.tolist() == [[-math.log(53 * math.log(2)) if bits == 0 else pytest.approx(53 * math.log(2))] * 3]
+
+
+class Forbid(LogitsProcessor):
+    """Masks some tokens, as a processor before the sampler may."""
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def __call__(self, input_ids, scores):
+        return scores.index_fill(1, torch.tensor(self.tokens), -torch.inf)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_sampler_keeps_the_winner_of_each_row_and_knows_its_log_prob(temperature):
+    keys = [stream_key(0, "answer", "a", draw) for draw in range(40)]
+    scores = torch.randn(40, VOCAB, generator=torch.Generator().manual_seed(0))
+    sampler = GumbelSampler(keys, prompt_length=2, temperature=temperature)
+
+    kept = sampler(torch.zeros(40, 5, dtype=torch.long), scores)
+
+    law = np.exp(scores.double().numpy() / temperature)
+    law /= law.sum(axis=1, keepdims=True)
+    winners = (np.log(law) + gumbel_noise(keys, [3] * 40, VOCAB).numpy()).argmax(axis=1)
+    assert kept.isfinite().sum(dim=1).tolist() == [1] * 40
+    assert kept.argmax(dim=1).tolist() == winners.tolist()
+    assert len(set(winners)) == VOCAB
+    np.testing.assert_allclose(sampler.log_prob, np.log(law[range(40), winners]), rtol=1e-12)
+
+
+def test_what_an_earlier_processor_masks_is_never_drawn_and_has_no_share(model):
+    """Half the rows of a batch, so that a mask which is not renormalised would show in log_prob."""
+    prompt = torch.tensor([[2, 3]]).expand(2000, -1)
+    sampler = GumbelSampler([stream_key(0, "thought", "a", draw) for draw in range(2000)], prompt_length=2)
+
+    processors = LogitsProcessorList([Forbid([PAD, END]), sampler])
+    drawn = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=2, do_sample=False, logits_processor=processors
+    )[:, 2:]
+
+    first = model(prompt[:1]).logits[0, -1].double()
+    expected = torch.softmax(first[2:], dim=0).detach()
+    assert drawn.min() == 2
+    counts = torch.bincount(drawn[:, 0], minlength=VOCAB)[2:]
+    assert chisquare(counts.numpy(), (expected * 2000).numpy()).pvalue > 0.001
+    torch.testing.assert_close(sampler.token_log_probs[:, 0], expected.log()[drawn[:, 0] - 2], atol=1e-5, rtol=0)
+    assert sampler.token_log_probs.shape == (2000, 2)
+    torch.testing.assert_close(sampler.log_prob, sampler.token_log_probs.sum(dim=1))
+
+
+def test_log_prob_is_that_of_the_exact_law_and_stops_at_the_end(model, renderer):
+    prompts = renderer.prompt_ids(["b c a", "a"] * 20)
+    keys = [stream_key(0, "answer", "a", draw) for draw in range(40)]
+    sampler = GumbelSampler(keys, prompt_length=3, temperature=0.8, end_token_ids=[END])
+
+    drawn = generate_with(sampler, model, renderer, prompts, max_new_tokens=4)
+
+    laws = [exact_law(model, prompts[row], 4, 0.8) for row in (0, 1)]
+    expected = [math.log(laws[row % 2][tuple(ids)]) for row, ids in enumerate(drawn)]
+    np.testing.assert_allclose(sampler.log_prob, expected, atol=1e-4)
+    lengths = [len(ids) for ids in drawn]
+    assert (sampler.token_log_probs != 0).sum(dim=1).tolist() == lengths
+    assert min(lengths) < max(lengths) == 4
+    assert sampler.open_rows == [row for row, ids in enumerate(drawn) if END not in ids]
+
+
+def test_no_noise_is_made_for_rows_that_have_ended(model, renderer, monkeypatch):
+    made = []
+    monkeypatch.setattr(sampling, "gumbel_noise", lambda *given: made.append(len(given[0])) or gumbel_noise(*given))
+
+    draws = draw_answers(model, renderer, QUESTIONS, num_answers=10, seed=0, max_new_tokens=6)
+
+    assert sum(made) == sum(len(draw.ids) for of_question in draws for draw in of_question)
+
+
+def test_scores_that_are_no_law_are_an_error():
+    sampler = GumbelSampler([bytes(32)] * 2, prompt_length=1)
+    scores = torch.stack([torch.zeros(VOCAB), torch.full((VOCAB,), -torch.inf)])
+
+    with pytest.raises(ValueError, match="-inf for every token"):
+        sampler(torch.zeros(2, 1, dtype=torch.long), scores)
+
+
+def test_a_row_without_a_key_of_its_own_is_an_error():
+    with pytest.raises(ValueError, match="1 keys and 2 rows"):
+        GumbelSampler([bytes(32)], prompt_length=1)(torch.zeros(2, 1, dtype=torch.long), torch.zeros(2, VOCAB))
 
 
 def test_a_cut_answer_is_read_as_cut(model, renderer):

@@ -7,12 +7,20 @@ import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 from hf_imitate import scoring
 from hf_imitate.log_probs import answer_log_probs
 from hf_imitate.rendering import Rendered, collate
-from hf_imitate.scoring import evaluation_mode, score_answers
+from hf_imitate.scoring import answer_logits, evaluation_mode, score_answers
 
 PAD, END, VOCAB = 0, 1, 7
 
@@ -219,3 +227,153 @@ def test_a_temperature_out_of_range_is_named(model, rows, temperature):
 def test_a_batch_size_out_of_range_is_named(model, rows):
     with pytest.raises(ValueError, match="`batch_size` is 0"):
         score_answers(model, rows, PAD, batch_size=0)
+
+
+def answers_to_shared_questions(vocab_size, lengths=((20, 6), (17, 3), (15, 9)), num_answers=5):
+    """Several answers, of uneven length, to each of several questions, in mixed order; and one question on its own."""
+    generator = torch.Generator().manual_seed(2)
+
+    def ids(length):
+        return torch.randint(2, vocab_size, (length,), generator=generator).tolist()
+
+    rows = []
+    for prompt_length, longest in lengths:
+        prompt = ids(prompt_length)
+        answers = [ids(longest * n // num_answers) for n in range(1, num_answers + 1)]
+        rows += [
+            Rendered(prompt, [*answer, END] if n % 2 else answer, bool(n % 2)) for n, answer in enumerate(answers)
+        ]
+    rows += [Rendered(ids(18), [*ids(4), END], True), Rendered(rows[0].prompt_ids, [], False)]
+    return [rows[i] for i in torch.randperm(len(rows), generator=generator)]
+
+
+def tokens_read(model, rows, **settings):
+    """Scores, and how many ids each forward was given."""
+    read = []
+    handle = model.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    scores = score_answers(model, rows, PAD, **settings)
+    handle.remove()
+    return scores, read
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 64])
+def test_answers_that_share_a_question_score_as_if_alone(model, batch_size, temperature):
+    rows = answers_to_shared_questions(model.config.vocab_size)
+
+    scores, read = tokens_read(model, rows, batch_size=batch_size, temperature=temperature)
+
+    torch.testing.assert_close(scores, one_by_one(model, rows, temperature), atol=1e-4, rtol=0)
+    plain = sum(len(row.prompt_ids) + len(row.answer_ids) for row in rows)
+    assert sum(batch * length for batch, length in read) < 0.75 * plain
+    assert max(batch for batch, _ in read) <= max(batch_size, 1)
+
+
+def test_a_shared_question_is_read_once_however_many_answers_it_has(model):
+    rows = answers_to_shared_questions(model.config.vocab_size, [(40, 5)], num_answers=9)[:-1]
+    rows = [row for row in rows if len(row.prompt_ids) == 40 and row.answer_ids]
+
+    _, read = tokens_read(model, rows, batch_size=2)
+
+    assert read[0] == (1, 39)
+    assert len(read) == 1 + math.ceil(len(rows) / 2)
+    assert all(length <= 6 for _, length in read[1:])
+
+
+def test_a_large_cache_is_split_into_smaller_batches(model, monkeypatch):
+    rows = answers_to_shared_questions(model.config.vocab_size)
+    expected, read = tokens_read(model, rows)
+
+    # Keys and values of 19 tokens in 2 layers of 1 head of 16 numbers, for two answers at once.
+    monkeypatch.setattr(scoring, "MAX_CACHED", 2 * 2 * 2 * 16 * 19)
+    scores, read_in_parts = tokens_read(model, rows)
+
+    torch.testing.assert_close(scores, expected, atol=1e-4, rtol=0)
+    assert len(read_in_parts) > len(read) + 5
+
+
+def test_shared_questions_stay_within_the_models_positions():
+    """The longer question has the shorter answers, so padding would pass the last of 32 positions."""
+    model = tiny_gpt2()
+    rows = answers_to_shared_questions(VOCAB, [(27, 3), (21, 11)])
+
+    scores, read = tokens_read(model, rows)
+
+    torch.testing.assert_close(scores, one_by_one(model, rows), atol=1e-5, rtol=0)
+    assert any(27 - 1 + length > 32 for batch, length in read if batch > 2)
+
+
+def tiny_mamba():
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, state_size=4, eos_token_id=END)
+    return MambaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("make", [tiny_gemma2, tiny_mamba], ids=["sliding window", "recurrent state"])
+def test_a_model_without_a_standard_cache_reads_whole_rows(make):
+    model, rows = make(), answers_to_shared_questions(VOCAB)
+
+    scores, read = tokens_read(model, rows)
+
+    torch.testing.assert_close(scores, one_by_one(model, rows), atol=1e-4, rtol=0)
+    assert read == [(len(rows), max(len(row.prompt_ids) + len(row.answer_ids) for row in rows))]
+
+
+def test_flash_attention_reads_whole_rows(model):
+    rows = answers_to_shared_questions(model.config.vocab_size)
+    reader = scoring._Reader(model, rows, PAD, 64)
+    assert reader.has_standard_cache()
+
+    other = copy.deepcopy(model)
+    other.config._attn_implementation_internal = "flash_attention_2"
+
+    assert not scoring._Reader(other, rows, PAD, 64).has_standard_cache()
+
+
+def test_a_short_question_is_read_with_each_answer(model):
+    rows = answers_to_shared_questions(model.config.vocab_size, [(3, 30)])
+
+    _, read = tokens_read(model, rows)
+
+    assert len(read) == 1
+
+
+@pytest.mark.parametrize(
+    ("adapter", "is_shared"),
+    [
+        (LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM"), True),
+        (PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), False),
+    ],
+    ids=["lora", "prompt tuning"],
+)
+def test_the_active_adapter_is_scored_with_shared_questions(model, adapter, is_shared):
+    torch.manual_seed(0)
+    adapted = get_peft_model(copy.deepcopy(model), adapter).eval()
+    rows = answers_to_shared_questions(model.config.vocab_size)
+
+    scores, read = tokens_read(adapted, rows)
+
+    torch.testing.assert_close(scores, one_by_one(adapted, rows), atol=1e-4, rtol=0)
+    assert (len(read) > 1) is is_shared
+    assert (scores - score_answers(model, rows, PAD)).abs().max() > 0.1
+
+
+def test_answer_logits_are_at_every_token_of_every_answer_once(model):
+    rows = answers_to_shared_questions(model.config.vocab_size)
+    found, seen = {}, []
+
+    for batch in answer_logits(model, rows, PAD, batch_size=4):
+        seen += batch.indices
+        for row, position, token, logits in zip(*batch[1:], strict=True):
+            assert rows[row].answer_ids[position] == token
+            assert (row.item(), position.item()) not in found
+            found[row.item(), position.item()] = logits
+
+    assert sorted(seen) == list(range(len(rows)))
+    assert len(found) == sum(len(row.answer_ids) for row in rows)
+    for (row, position), logits in list(found.items())[::7]:
+        with torch.no_grad():
+            expected = model(torch.tensor([[*rows[row].prompt_ids, *rows[row].answer_ids[:position]]])).logits[0, -1]
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)

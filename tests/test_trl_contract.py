@@ -19,6 +19,7 @@ OVERRIDES = {
     "_prepare_inputs": GRPOTrainer,
     "_generate_and_score_completions": GRPOTrainer,
     "_calculate_rewards": GRPOTrainer,
+    "_tokenize_prompts": GRPOTrainer,
     "_get_train_sampler": GRPOTrainer,
     "compute_loss": GRPOTrainer,
     "log": GRPOTrainer,
@@ -34,11 +35,12 @@ OVERRIDES = {
     "push_to_hub": Trainer,
     "set_initial_training_values": Trainer,
     "create_scheduler": Trainer,
+    "get_batch_samples": Trainer,
 }
 ATTRIBUTES = (
     *("_step", "_buffered_inputs", "_tokenizer", "eos_token_ids", "reward_weights", "reward_func_names"),
     *("num_generations", "num_generations_eval", "max_completion_length", "chat_template_kwargs", "use_vllm"),
-    *("_created_lr_scheduler", "callback_handler", "hub_model_id"),
+    *("_created_lr_scheduler", "callback_handler", "hub_model_id", "generation_config", "generation_kwargs"),
 )
 
 

@@ -12,9 +12,9 @@ from accelerate.utils import gather
 from torch import Tensor
 
 from hf_imitate.checks import Check, check_name
-from hf_imitate.contest import Round, Scores, judge, run_checks
+from hf_imitate.contest import Round, Scores, run_checks, score_then_update
 from hf_imitate.distinguisher import mean_loss_and_accuracy
-from hf_imitate.guards import Guard
+from hf_imitate.guards import Guard, Memory
 from hf_imitate.human_rows import ROW_COLUMN, HumanRows, render_humans
 from hf_imitate.losses import imitator_reward, paired_wins, penalize_truncated
 from hf_imitate.pairs import Learner, Pair
@@ -22,7 +22,8 @@ from hf_imitate.rendering import Renderer
 from hf_imitate.replay import ReplayBuffer
 from hf_imitate.surface import MIN_ANSWERS, audit_surface
 from hf_imitate.trainers.adversarial_config import AdversarialConfig
-from hf_imitate.trainers.phases import DISTINGUISHER_WARMUP, GAME
+from hf_imitate.trainers.adversarial_rewards import check_scores
+from hf_imitate.trainers.phases import DISTINGUISHER_WARMUP
 
 logger = logging.getLogger(__name__)
 
@@ -64,13 +65,14 @@ class Game:
         self.args, self.learner, self.checks, self.renderer = args, learner, checks, renderer
         self.human_rows, self.accelerator, self.record = human_rows, accelerator, record
         self.guard = Guard()
+        self.memory = Memory(len(human_rows.train), len(human_rows.heldout))
         self.replay = ReplayBuffer(seed=args.seed + accelerator.process_index)
         self.heldout_pairs: list[Pair] = []
         self.surface_pairs: list[Pair] | None = []  # None once they were looked at
         self.pause: str | None = None
         self.paused_since: int | None = None
 
-    def pay(
+    def score_and_learn(
         self,
         rewards: Tensor,
         rows: list[dict[str, Any]],
@@ -96,13 +98,15 @@ class Game:
             Rewards, [N, F]; NaN rows have left their group.
         """
         batch = self._round(rows, prompts, completion_ids, is_train=phase is not None)
-        scores = judge(
+        scores = score_then_update(
             self.learner, batch, max_rows=self.learner.max_rows, **self._lesson(batch, phase, step, lr_scale)
         )
         cut = torch.tensor([not answer.ended for answer in batch.answers], device=rewards.device)
         s_imitator, s_human, cut = (
             gather(values).view(-1, num_generations) for values in (scores.imitator, scores.human, cut)
         )
+        has_human = gather(torch.tensor([human is not None for human in batch.humans], device=rewards.device))
+        check_scores(s_imitator, s_human, has_human.view_as(cut))
         kind = self.args.truncated_answers
         paid = imitator_reward(self.args.imitator_reward, s_imitator, s_human, cut, kind)
         if kind == "penalty":
@@ -133,7 +137,9 @@ class Game:
             starts = [i == 0 or rows[i] != rows[i - 1] for i in range(len(rows))]
             questions, heldout = list(accumulate(starts)), [False] * len(rows)
         answers = [self.renderer.read(ids) for ids in completion_ids]
-        outcomes, human_outcomes = run_checks(self.checks, rows, prompts, answers, humans, completion_ids)
+        outcomes, human_outcomes = run_checks(
+            self.checks, rows, prompts, answers, humans, completion_ids, self.renderer
+        )
         return Round(questions, heldout, prompts, answers, humans, outcomes, human_outcomes)
 
     def _lesson(self, batch: Round, phase: str | None, step: int, lr_scale: float) -> dict[str, Any]:
@@ -227,6 +233,7 @@ class Game:
         """JSON-ready state."""
         return {
             "guard": self.guard.state(),
+            "memory": self.memory.state(),
             "pause": self.pause,
             "paused_since": self.paused_since,
             "replay": self.replay.state(),
@@ -237,14 +244,21 @@ class Game:
     def load_state(self, state: dict[str, Any]) -> None:
         """Take up what `state` wrote."""
         self.guard, self.pause, self.paused_since = Guard(**state["guard"]), state["pause"], state["paused_since"]
+        self.memory = Memory(**state["memory"])
         self.replay.load_state(state["replay"])
         self.heldout_pairs = [Pair.from_json(pair) for pair in state["heldout_pairs"]]
         surface = state["surface_pairs"]
         self.surface_pairs = None if surface is None else [Pair.from_json(pair) for pair in surface]
 
     def _watch(self, phase, s_imitator, s_human, cut, paid, batch: Round) -> None:
-        if phase != GAME:
+        if phase is None:
             return  # an evaluation in the middle of a pause does not end it
+        self._watch_memory(s_imitator, s_human, batch)
+        if phase == DISTINGUISHER_WARMUP:
+            # The warm-up asks answered questions only; answers to the others may be longer.
+            asks_all = not self.args.allow_unlabelled
+            self.guard.note_start(cut.float().mean().item(), cut.numel(), asks_all)
+            return
         known = ~torch.isnan(s_human)
         accuracy = paired_wins(s_human[known], s_imitator[known]).mean().item() if known.any() else None
         spread = paid.nan_to_num().std(dim=1).mean().item()
@@ -252,6 +266,16 @@ class Game:
         self.pause = self.guard.update(accuracy, spread, cut.float().mean().item(), share_cut, num_answers=cut.numel())
         if self.pause and self.guard.is_news(self.pause) and self.accelerator.is_main_process:
             logger.warning(self.pause)
+
+    def _watch_memory(self, s_imitator: Tensor, s_human: Tensor, batch: Round) -> None:
+        wins, known = paired_wins(s_human, s_imitator), ~torch.isnan(s_human)
+        seen = torch.tensor([batch.questions, batch.heldout], device=wins.device).T.contiguous()
+        questions, heldout = (column.view_as(wins) for column in gather(seen).T)
+        trained_on, others = known & (heldout == 0), known & (heldout == 1)
+        accuracy, num = wins[trained_on].mean().item(), len(questions[trained_on].unique())
+        warning = self.memory.update(accuracy, num, wins[others].mean().item(), len(questions[others].unique()))
+        if warning and self.accelerator.is_main_process:
+            logger.warning(warning)
 
     def _human_cut(self, batch: Round) -> float:
         cut = [not human.answer.ended for human in batch.humans if human]

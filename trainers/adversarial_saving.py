@@ -22,12 +22,19 @@ from hf_imitate.hub_cards.facts import CardFacts, CardMetric, Paper
 from hf_imitate.hub_cards.model_card import render_card
 from hf_imitate.hub_cards.push import push_folder
 from hf_imitate.trainers.adversarial_config import AdversarialConfig
-from hf_imitate.trainers.checkpoints import newest_complete_checkpoint
+from hf_imitate.trainers.checkpoints import (
+    STATE,
+    STATE_VERSION,
+    TakeUpTheLog,
+    check_resumable,
+    checkpoint_to_resume,
+    data_digest,
+    withdraw,
+)
 from hf_imitate.trainers.phases import Phases
 
 logger = logging.getLogger(__name__)
 
-STATE = "adversarial_state"
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 _NO_SETTINGS = ("hub_private_repo", "gradient_checkpointing", "activation_checkpointing")  # of a machine or a push
 OWN_SETTINGS = (
@@ -38,6 +45,13 @@ OWN_SETTINGS = (
     ),
     *("num_generations", "max_completion_length", "temperature", "max_steps", "num_train_epochs", "beta", "seed"),
 )
+# A resumed run may be longer; whatever else these say would mean something else from there on.
+FIXED_SETTINGS = (
+    *(name for name in OWN_SETTINGS if name not in ("max_steps", "num_train_epochs")),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations"),
+    *("lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "epsilon", "reward_weights"),
+    *("shuffle_dataset", "data_seed"),
+)
 
 
 class AdversarialSaving:
@@ -46,26 +60,56 @@ class AdversarialSaving:
     def __init__(self, *args, **kwargs):
         self._pushes = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push")
         self._step_of_weights: int | None = None  # of the best checkpoint, once it was loaded
+        self._unlogged: dict[str, Any] | None = None  # of a checkpoint between two logs
+        self._digest: str | None = None
         super().__init__(*args, **kwargs)
+        self.add_callback(TakeUpTheLog(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
-        """As in transformers; `resume_from_checkpoint=True` goes on from the newest checkpoint that is complete."""
+        """As in transformers; `resume_from_checkpoint=True` goes on from the newest checkpoint that is complete.
+
+        Raises:
+            FileNotFoundError, ValueError: there is nothing to resume from, a file is missing or cut off, or it is of
+                another run; the message names the file or the setting.
+        """
         if resume_from_checkpoint is True:
-            newest = newest_complete_checkpoint(self.args.output_dir)
-            if newest is None:
-                raise ValueError(
-                    f"{self.args.output_dir} holds no complete checkpoint to resume from. Start without "
-                    "`resume_from_checkpoint`, or give the path of one."
-                )
-            resume_from_checkpoint = str(newest)
-        self._step_of_weights = None
+            resume_from_checkpoint = str(checkpoint_to_resume(self.args.output_dir))
+        if resume_from_checkpoint:
+            check_resumable(resume_from_checkpoint, self.accelerator.process_index, self._run_facts())
+        self._step_of_weights = self._unlogged = None
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """As in transformers, which takes a step before it asks whether the one before was the last: none where it
+        was, so that a run taken up at its last checkpoint has nothing left to do."""
+        if self.state.global_step < self.state.max_steps:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.control.should_training_stop = True
+        self.control.should_log = self.control.should_evaluate = self.control.should_save = False
+        return [], None
+
+    def _run_facts(self) -> dict[str, Any]:
+        """What a run has to share with the one whose checkpoint it takes up, as JSON gives it back."""
+        if self._digest is None:
+            self._digest = data_digest(self.train_dataset["prompt"], self.likelihood.rows.rows)
+        facts = {
+            "num_processes": self.accelerator.num_processes,
+            "train_dataset": self._digest,
+            "checks": self.distinguisher.check_names,
+            "reward_funcs": self.reward_func_names,
+            "imitator": "an adapter" if isinstance(self.model, PeftModel) else "all weights",
+            "distinguisher": f"{sum(p.numel() for p in self.game.learner.parameters)} trained numbers",
+            **{name: getattr(self.args, name) for name in FIXED_SETTINGS},
+        }
+        return json.loads(json.dumps(facts, default=str))
 
     # --- the imitator's repo
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the imitator as it is published: its weights, its law, its distinguisher and how it was made."""
         folder = Path(output_dir or self.args.output_dir)
+        if _internal_call and withdraw(folder, self.accelerator.process_index):
+            self.accelerator.wait_for_everyone()
         self._name_base_revisions()
         super().save_model(str(folder), _internal_call=True)
         if self.args.should_save:
@@ -121,7 +165,7 @@ class AdversarialSaving:
             "phases": self.phases.state(),
             "checks": list(self.distinguisher.check_names),
             "max_answer_tokens": self.max_completion_length,
-            "chat_template_kwargs": self.chat_template_kwargs,
+            **{"chat_template_kwargs": self.chat_template_kwargs, "completion_role": self.renderer.completion_role},
             "versions": {"hf-imitate": __version__, **{library: version(library) for library in LIBRARIES}},
         }
 
@@ -237,8 +281,18 @@ class AdversarialSaving:
             tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in moments.items()}
         for i, part in enumerate(self._buffered_inputs or []):
             tensors |= {f"buffer.{i}.{name}": value for name, value in part.items() if isinstance(value, torch.Tensor)}
+        # Of every node on its own, the other nodes' files are elsewhere.
+        processes = [self.accelerator.process_index] if self.args.save_on_each_node else range(self.args.world_size)
         stored = {
-            "version": 1,
+            "version": STATE_VERSION,
+            "processes": list(processes),
+            "run": self._run_facts(),
+            "unlogged": {
+                "loss": self._tr_loss.item(),  # a number in fp32 goes through JSON unchanged
+                "last_log": self._globalstep_last_logged,
+                "metrics": dict(self._metrics["train"]),
+                "tally": self._tally.state("train"),
+            },
             "step": self._step,
             "passes": int(self.state.global_step // self._steps_per_pass),
             "num_buffered": len(self._buffered_inputs or []),
@@ -260,12 +314,6 @@ class AdversarialSaving:
         if checkpoint is None:
             return
         path = self._state_path(checkpoint)
-        missing = [name for name in (".json", ".safetensors") if not path.with_suffix(name).exists()]
-        if missing:
-            raise FileNotFoundError(
-                f"{checkpoint} holds no {STATE}{missing[0]} for this process, so distinguisher, phases and replay "
-                "cannot be restored. Resume from a checkpoint of AdversarialTrainer made with as many processes."
-            )
         stored = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         tensors = load_file(path.with_suffix(".safetensors"))
         learner = self.game.learner
@@ -287,8 +335,17 @@ class AdversarialSaving:
         self.likelihood.load_state(stored["likelihood"])
         self.game.load_state(stored["game"])
         self.state.max_steps = self.phases.total
+        self._take_up_metrics(stored["unlogged"])
         for _ in range(stored["passes"]):
             next(iter(self._sampler))  # TRL's sampler draws the order of each pass from where the last draw ended
+
+    def _take_up_metrics(self, unlogged: dict[str, Any]) -> None:
+        self._unlogged = unlogged
+        self._metrics["train"].clear()
+        self._metrics["train"].update(unlogged["metrics"])
+        self._tally.flush("train")
+        for name, (total, count) in unlogged["tally"].items():
+            self._tally.add("train", name, total, count)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if not isinstance(self.model, PeftModel):

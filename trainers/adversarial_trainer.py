@@ -19,23 +19,29 @@ from hf_imitate.distinguisher import Distinguisher
 from hf_imitate.human_rows import HumanRows, render_humans, without_internal
 from hf_imitate.pairs import Learner
 from hf_imitate.plateau import Plateau
-from hf_imitate.rendering import Renderer
 from hf_imitate.trainers.adversarial_config import AdversarialConfig
 from hf_imitate.trainers.adversarial_game import Game
-from hf_imitate.trainers.adversarial_likelihood import HumanLikelihood
-from hf_imitate.trainers.adversarial_saving import AdversarialSaving
-from hf_imitate.trainers.adversarial_setup import (
-    DISTINGUISHER_REWARD,
-    PhaseCallback,
-    build_distinguisher,
+from hf_imitate.trainers.adversarial_inputs import (
+    at_step,
     check_best_metric,
     check_data,
+    check_evaluation,
     check_lengths,
+    check_loss,
     check_model,
-    check_rewards,
+    named_sets,
+    try_checks,
+)
+from hf_imitate.trainers.adversarial_likelihood import HumanLikelihood
+from hf_imitate.trainers.adversarial_rewards import DISTINGUISHER_REWARD, check_paid, check_rewards, guarded
+from hf_imitate.trainers.adversarial_saving import AdversarialSaving
+from hf_imitate.trainers.adversarial_setup import (
+    PhaseCallback,
+    build_distinguisher,
     preserved_random_state,
     scheduled_rates,
     set_learning_rates,
+    settle_renderer,
     show_total,
     with_row_numbers,
 )
@@ -63,14 +69,15 @@ class AdversarialTrainer(AdversarialSaving, GRPOTrainer):
     3. *The game*: the imitator answers each question G times; the distinguisher scores all answers, then is updated on
        some of them and on old ones; the imitator takes a gradient step up
 
-           mean_i (s_i - mean of the others' s) log p(answer_i | x)  +  retrodictive_coef * log p(human answer | x)
+           mean_i (s_i - mean of the others' s) log p(answer_i | x)  +  retrodictive_coef * log p(human answer | x')
 
-       with both log p summed over tokens and under one constant normaliser. At the distinguisher's optimum
-       s = log p_human - log p_imitator + c(x), and c(x) cancels within a question: so the first term descends
-       KL(imitator || human) and the second KL(human || imitator). The score is taken before the update, from a
-       distinguisher fitted to a slightly older imitator: the same fixed point, delayed. PPO's clipping, at work only
-       when a generation batch serves several steps, and the clip of centred scores at 5 nats depart from that
-       gradient.
+       with both log p summed over tokens and under one constant normaliser, the questions x' drawn on their own. At
+       the optimum of the default loss s = log p_human - log p_imitator + c(x), and c(x) cancels within a question: so
+       with the default reward the first term descends KL(imitator || human), the second KL(human || imitator). The
+       score is taken before the update, from a distinguisher fitted to older imitators, too: the same fixed point,
+       delayed. That optimum exists across questions only; with one answer to each the distinguisher can learn them
+       by heart, of which the trainer warns. The loss's centring (slope .93), the clip of centred scores at 5 nats, and
+       PPO's clipping where a generation batch serves several steps depart from that gradient.
 
     Both sides reach the distinguisher through one renderer, token for token, ended exactly when they ended.
 
@@ -145,20 +152,21 @@ class AdversarialTrainer(AdversarialSaving, GRPOTrainer):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = AdversarialConfig(f"{name.split('/')[-1] or 'model'}-imitator")
-        self.checks = list(checks or [])
+        self.checks = [checks] if callable(checks) else list(checks or [])
         check_names(self.checks)
         reward_funcs = [] if reward_funcs is None else reward_funcs
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         check_rewards(reward_funcs, args.reward_weights)
-        check_data(train_dataset, eval_dataset, args)
+        role = check_data(train_dataset, eval_dataset, args)
         check_best_metric(eval_dataset, args)
         check_model(model)
+        try_checks(self.checks, train_dataset)
         # TRL counts the distinguisher's reward, too; the user's settings stay as they were given.
         weights, args.reward_weights = args.reward_weights, None
         try:
             super().__init__(
                 model=model,
-                reward_funcs=[distinguisher_reward, *reward_funcs],
+                reward_funcs=[distinguisher_reward, *map(guarded, reward_funcs)],
                 args=args,
                 train_dataset=with_row_numbers(train_dataset),
                 eval_dataset=eval_dataset,
@@ -171,13 +179,11 @@ class AdversarialTrainer(AdversarialSaving, GRPOTrainer):
         finally:
             args.reward_weights = weights
         self.reward_weights = torch.tensor([1.0, *(weights or [1.0] * len(reward_funcs))])
-        self.renderer = Renderer(
-            self._tokenizer, self.eos_token_ids, args.max_completion_length, args.chat_template_kwargs
-        )
+        self.renderer = settle_renderer(self, role)
         human_rows = HumanRows(self.train_dataset, self.renderer, args.heldout_fraction, args.seed)
-        check_lengths(human_rows, self.model, args)
+        check_lengths(human_rows, named_sets(train_dataset, eval_dataset), self.renderer, self.model, args)
         self.distinguisher = build_distinguisher(
-            distinguisher, self.model, self._tokenizer, args, self.checks, peft_config, distinguisher_peft_config
+            distinguisher, self.model, self.renderer, args, self.checks, peft_config, distinguisher_peft_config
         )
         # In the order of the learned weights, which a distinguisher that was trained before brings along.
         self.checks = list(self.distinguisher.checks)
@@ -212,6 +218,7 @@ class AdversarialTrainer(AdversarialSaving, GRPOTrainer):
         self._entered_phase: str | None = None
         self._phase_schedule: LambdaLR | None = None
         self._tally = Tally()
+        # Says the plan; holds the imitator still during a pause; ends a run that does not recover.
         self.add_callback(PhaseCallback(self))
 
     def _record(self, name: str, total: float, count: float) -> None:
@@ -285,7 +292,9 @@ class AdversarialTrainer(AdversarialSaving, GRPOTrainer):
         has_heldout = len(self.likelihood.rows.heldout) > 0
         return auto.get(self.phase) == "auto" and has_heldout and number > 0 and number % READING_EVERY == 0
 
-    # --- one step
+    # --- one step. TRL calls, in this order: `_prepare_inputs` for every micro-step; where a new generation batch is
+    # due, `_generate_and_score_completions`, in it `_tokenize_prompts` and `_calculate_rewards`; then `compute_loss`.
+    # `_step` counts micro-steps, `state.global_step` the optimizer's.
 
     def _prepare_inputs(self, generation_batch):
         if not self.model.training:
@@ -312,25 +321,41 @@ class AdversarialTrainer(AdversarialSaving, GRPOTrainer):
             output["advantages"] = torch.zeros_like(output["advantages"])
         return output
 
+    def _tokenize_prompts(self, prompts: list):
+        """The very ids that the human's answer stands after, in training and to the distinguisher."""
+        return self.renderer.prompt_ids(prompts), None, {}
+
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         public = [without_internal(row) for row in inputs]
+        completions = self.renderer.in_their_roles(prompts, completions)
         rewards = super()._calculate_rewards(public, prompts, completions, completion_ids_list)
         is_train = self.model.training
         phase = self.phase if is_train else None
-        return self.game.pay(
-            rewards,
-            inputs,
-            prompts,
-            completion_ids_list,
-            num_generations=self.num_generations if is_train else self.num_generations_eval,
-            phase=phase,
-            step=self._step,
-            lr_scale=self._game_schedule(self.phases.step_in_phase(self.state.global_step)) if phase == GAME else 1.0,
-        )
+        in_phase = self.phases.step_in_phase(self.state.global_step)
+        with at_step(self.state.global_step):
+            # Scores; in training it then updates the distinguisher, keeps answers for replay, and asks the guard.
+            rewards = self.game.score_and_learn(
+                rewards,
+                inputs,
+                prompts,
+                completion_ids_list,
+                num_generations=self.num_generations if is_train else self.num_generations_eval,
+                phase=phase,
+                step=self._step,
+                lr_scale=self._game_schedule(in_phase) if phase == GAME else 1.0,
+            )
+            check_paid(rewards, self.reward_func_names)
+        return rewards
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The loss of the phase, in nats under the policy term's normaliser; a loss that is not finite is an error."""
+        loss = self._loss_of_phase(model, inputs, num_items_in_batch)
+        check_loss(loss, self.model, self.accelerator, self.state.global_step, self.phase)
+        return (loss, None) if return_outputs else loss
+
+    def _loss_of_phase(self, model, inputs, num_items_in_batch):
         if not self.model.training:
-            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
             self.likelihood.loss(model, inputs["human_rows"])
             return loss
         # The policy term's own normaliser, so that the two are weighed in the same nats.
@@ -338,9 +363,9 @@ class AdversarialTrainer(AdversarialSaving, GRPOTrainer):
         if self.phase == IMITATOR_WARMUP:
             return scale * self.likelihood.loss(model, inputs["human_rows"])
         if self.phase == DISTINGUISHER_WARMUP:
-            # The imitator stands still, but every process runs a forward and a backward of the wrapped model.
+            # The imitator's rate is 0, but every process runs a forward and a backward of the wrapped model.
             return 0.0 * model(input_ids=inputs["prompt_ids"][:1, -1:]).logits.float().sum()
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         if self.likelihood.multiplier == 0:
             return loss
         nats = self.likelihood.loss(model, self.likelihood.draw(self._step))
@@ -350,6 +375,8 @@ class AdversarialTrainer(AdversarialSaving, GRPOTrainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """As in transformers; training then goes on as if it had not happened."""
+        if not isinstance(eval_dataset, str):
+            check_evaluation(eval_dataset, self.renderer.completion_role)
         with preserved_random_state():
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 

@@ -17,6 +17,10 @@ class Tally:
         entry[0] += total
         entry[1] += count
 
+    def state(self, mode: str) -> dict[str, list[float]]:
+        """The sums and counts since the last flush, JSON-ready."""
+        return {name: list(entry) for name, entry in self._sums[mode].items()}
+
     def flush(self, mode: str) -> dict[str, float]:
         """Ratios since the last flush."""
         values = {name: total / count for name, (total, count) in self._sums[mode].items() if count}

@@ -1,0 +1,39 @@
+"""Runs a program in two real processes over gloo."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+# About one run in thirty aborts while the interpreter shuts down, after everything is done: a thread of torch's is
+# still there (plain GRPO does it, too, with the process group destroyed or not). So the process leaves without it.
+LEAVE = """
+import os, sys, torch
+if torch.distributed.is_initialized():
+    torch.distributed.barrier()
+sys.stdout.flush(), sys.stderr.flush()
+os._exit(0)
+"""
+
+
+def in_two_processes(program: str, folder: Path, timeout: float = 240) -> str:
+    """Run `program` in two processes and return what both printed.
+
+    Args:
+        program: its source; an error in it fails the test with the end of the error output.
+        folder: where the source is put.
+        timeout: seconds, of a deadlock; on a busy machine the run itself takes a minute.
+    """
+    file = folder / "program.py"
+    file.write_text(program + LEAVE, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(file)],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout

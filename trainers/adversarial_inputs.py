@@ -1,0 +1,283 @@
+"""What [`AdversarialTrainer`] asks of rows, models, checks and losses, each with the cure in its error.
+
+No message holds a row's text: columns, row numbers and counts only.
+"""
+
+import contextlib
+import itertools
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_imitate.checks import Check, check_outcomes
+from hf_imitate.distinguisher import ADAPTER_NAME
+from hf_imitate.human_rows import ROW_COLUMN, HumanRows, question_lengths
+from hf_imitate.rendering import Renderer, canonical_text, next_speaker
+from hf_imitate.rows import check_columns, last_roles
+from hf_imitate.trainers.adversarial_config import LOWEST_BITS, AdversarialConfig
+
+logger = logging.getLogger(__name__)
+
+NUM_TRIED = 4  # human answers that a check is tried on
+# Ours, and those that TRL passes to rewards by these names or reads images from.
+RESERVED_COLUMNS = {
+    *(ROW_COLUMN, "prompts", "completions", "completion_ids", "image", "images"),
+    *("trainer_state", "log_extra", "log_metric", "environments"),
+}
+
+
+def check_data(train_dataset: Any, eval_dataset: Any, args: AdversarialConfig) -> str:
+    """Check every row before a model loads.
+
+    Returns:
+        `str`: whose turn the answers are, `"assistant"`, `"user"` or `"alternating"`; plain text has the first.
+
+    Raises:
+        TypeError, ValueError: rows, columns or their number do not do; the message names them and the cure.
+    """
+    num_labelled = check_columns(train_dataset, allow_unlabelled=args.allow_unlabelled)
+    _check_names(train_dataset, "train_dataset")
+    role = _completion_role(train_dataset)
+    check_evaluation(eval_dataset, role)
+    if round(args.heldout_fraction * num_labelled) == num_labelled:
+        raise ValueError(
+            f"`heldout_fraction`={args.heldout_fraction} holds out all {num_labelled} answered rows. Lower it, or add "
+            "rows."
+        )
+    questions = args.generation_batch_size // args.num_generations
+    if len(train_dataset) < questions:
+        raise ValueError(
+            f"`train_dataset` has {len(train_dataset)} rows, and one generation batch asks {questions} different ones "
+            f"(`generation_batch_size`={args.generation_batch_size} over `num_generations`={args.num_generations}). "
+            "Bring more rows, lower `per_device_train_batch_size` or `steps_per_generation`, or raise "
+            "`num_generations`."
+        )
+    return role
+
+
+def check_evaluation(eval_dataset: Any, role: str) -> None:
+    """Check the rows of one or several evaluation sets, whose answers have to be of the trained role.
+
+    Raises:
+        TypeError, ValueError: as [`check_data`].
+    """
+    for name, dataset in named_sets(None, eval_dataset).items():
+        check_columns(dataset, allow_unlabelled=True, name=name)
+        _check_names(dataset, name)
+        _check_roles(dataset, name, role)
+
+
+def named_sets(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
+    """Every data set that was given, by the name that errors call it."""
+    evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+    given = {"train_dataset": train_dataset} | {f"eval_dataset {key}".strip(): d for key, d in evaluated.items()}
+    return {name: dataset for name, dataset in given.items() if dataset is not None}
+
+
+def check_best_metric(eval_dataset: Any, args: AdversarialConfig) -> None:
+    """Check that the metric of the best checkpoint will be measured.
+
+    Raises:
+        ValueError: there are several evaluation sets, and none of them was chosen.
+    """
+    unnamed = (LOWEST_BITS, LOWEST_BITS.removeprefix("eval_"))
+    if isinstance(eval_dataset, dict) and args.metric_for_best_model in unnamed:
+        choices = [LOWEST_BITS.replace("eval_", f"eval_{name}_", 1) for name in eval_dataset]
+        raise ValueError(
+            f"`eval_dataset` holds {len(choices)} sets, and `metric_for_best_model` does not say which of them finds "
+            f"the best checkpoint. Set it to one of {choices}."
+        )
+
+
+def _check_names(dataset: Dataset, name: str) -> None:
+    taken = sorted(RESERVED_COLUMNS & set(dataset.column_names))
+    if taken:
+        raise ValueError(
+            f"`{name}` has columns that are reserved for the trainer: {taken}. Rename them with "
+            "`dataset.rename_column(old, new)`."
+        )
+
+
+def _completion_role(dataset: Dataset) -> str:
+    roles = {role for role in last_roles(dataset, "completion") if role is not None}
+    if len(roles) > 1:
+        _check_roles(dataset, "train_dataset", "alternating")
+        return "alternating"
+    return roles.pop() if roles else "assistant"
+
+
+def _check_roles(dataset: Dataset, name: str, role: str) -> None:
+    """Every answer has to be of the role whose turn is opened for it, which the question alone decides."""
+    found = last_roles(dataset, "completion")
+    asked = last_roles(dataset, "prompt") if role == "alternating" else ()
+    due = [next_speaker([{"role": last}]) for last in asked] or [role] * len(found)
+    rows = [i for i, (own, other) in enumerate(zip(found, due, strict=True)) if own not in (None, other)]
+    if not rows:
+        return
+    needed = (
+        "The answers to `train_dataset` are of both roles, so the question has to tell whose turn it is: the user's "
+        "after an assistant's or a system's message, else the assistant's."
+        if role == "alternating"
+        else f"All answers in `train_dataset` have the role '{role}', so that turn is opened after every question."
+    )
+    raise ValueError(
+        f"`{name}` column `completion`: {len(rows)} of {len(found)} rows (row {str(rows[:5])[1:-1]}) have a role "
+        f"whose turn is not opened. {needed} Train one imitator for each role: "
+        '`dataset.filter(lambda row: row["completion"][0]["role"] == "user")`.'
+    )
+
+
+def try_checks(checks: Sequence[Check], dataset: Dataset) -> None:
+    """Ask every check about a few human answers, so that one that cannot work fails before a model loads.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: as [`~hf_imitate.checks.check_outcomes`].
+    """
+    if not checks:
+        return
+    rows = list(itertools.islice((row for row in dataset if row["completion"] is not None), NUM_TRIED))
+    answers = [row["completion"] for row in rows]
+    shown = [
+        canonical_text(answer)
+        if isinstance(answer, str)
+        else [{"role": answer[0]["role"], "content": canonical_text(answer[0]["content"])}]
+        for answer in answers
+    ]
+    columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
+    check_outcomes(checks, [row["prompt"] for row in rows], shown, **columns)
+
+
+@contextlib.contextmanager
+def at_step(step: int) -> Iterator[None]:
+    """Say at which step of the optimizer numbers stopped being finite."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(f"At step {step}: {error}") from None
+
+
+def check_loss(loss: Tensor, model: nn.Module, accelerator: Accelerator, step: int, phase: str) -> None:
+    """Stop all processes where one has no finite loss.
+
+    Raises:
+        FloatingPointError: naming the step and the first weight that is not finite, or else the largest one.
+    """
+    if gather(loss.detach().isfinite().reshape(1)).all():
+        return
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    broken = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
+    if broken is None:
+        name, largest = max(((name, w.abs().max().item()) for name, w in weights.items()), key=lambda pair: pair[1])
+        found = (
+            f"every trained weight is finite, the largest is {largest:.3g} in `{name}`, so its activations overflow"
+        )
+    else:
+        found = f"the first weight that is not finite is `{broken}`"
+    raise FloatingPointError(
+        f"The imitator's loss is not finite at step {step} ({phase}): {found}. Lower `learning_rate` or "
+        "`imitator_warmup_learning_rate`, train in fp32 or bf16, and go on from a checkpoint before this step."
+    )
+
+
+def check_model(model: Any) -> None:
+    """Check the imitator's model before anything is loaded or changed.
+
+    Raises:
+        ValueError: a path holds an adapter; an adapter could not be trained, saved or told from the distinguisher's.
+    """
+    if isinstance(model, str) and os.path.isfile(os.path.join(model, "adapter_config.json")):
+        raise ValueError(
+            f"`model` {model!r} is a folder with an adapter, perhaps an imitator trained before. To go on training "
+            "it, pass `AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True)` and no `peft_config`."
+        )
+    if not isinstance(model, PeftModel):
+        return
+    adapters = list(model.peft_config)
+    if model.active_adapter != "default":
+        raise ValueError(
+            f"The PeftModel's active adapter is {model.active_adapter!r}; the imitator is saved from the one called "
+            "'default'. Load it under that name, `PeftModel.from_pretrained(base, path, is_trainable=True)`."
+        )
+    if ADAPTER_NAME in adapters:
+        raise ValueError(
+            f"The PeftModel already carries an adapter '{ADAPTER_NAME}', perhaps of an earlier run. Remove it by "
+            f"`model.delete_adapter('{ADAPTER_NAME}')`, or go on with that run by "
+            "`trainer.train(resume_from_checkpoint=True)`."
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"No parameter of the PeftModel (adapters {adapters}) is trainable. Load the adapter with "
+            "`PeftModel.from_pretrained(base, path, is_trainable=True)`."
+        )
+
+
+def check_lengths(
+    human_rows: HumanRows,
+    datasets: dict[str, Dataset],
+    renderer: Renderer,
+    model: PreTrainedModel | PeftModel,
+    args: AdversarialConfig,
+) -> None:
+    """Count what the length limit cuts, and refuse questions that leave no room for an answer.
+
+    Args:
+        human_rows: the answered training rows, rendered.
+        datasets: all rows by the name of their argument; `train_dataset` among them.
+        renderer: renders the others' questions.
+        model: whose positions are limited.
+        args: settings.
+
+    Raises:
+        ValueError: question and longest answer together exceed the model's positions, or a question has no tokens.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name, dataset in datasets.items():
+        known = {i: len(row.rendered.prompt_ids) for i, row in human_rows.rows.items()}
+        lengths = question_lengths(dataset, renderer, known if name == "train_dataset" else {})
+        empty = [i for i, length in lengths.items() if length == 0]
+        if empty:
+            raise ValueError(
+                f"{len(empty)} of {len(lengths)} questions (`{name}` column 'prompt', rows {empty[:5]}) have no "
+                "tokens, and a causal LM needs one before an answer. Leave them out."
+            )
+        too_long = [i for i, length in lengths.items() if limit and length + args.max_completion_length > limit]
+        if too_long:
+            raise ValueError(
+                f"{len(too_long)} of {len(lengths)} questions (`{name}` column 'prompt', rows {too_long[:5]}) have up "
+                f"to {max(lengths.values())} tokens; with `max_completion_length`={args.max_completion_length} they "
+                f"exceed the model's {limit} positions. Shorten these questions or lower `max_completion_length`."
+            )
+    cut, total = human_rows.num_truncated, len(human_rows.rows)
+    if cut:
+        logger.warning(
+            "%d of %d human answers (%.1f %%) are longer than `max_completion_length`=%d tokens. They are cut there "
+            "without an end token, as the imitator's answers are%s.",
+            cut,
+            total,
+            100 * cut / total,
+            args.max_completion_length,
+            "; raise the limit if the ends of answers matter" if cut > total / 100 else "",
+        )
+    if len(human_rows.heldout) == 0 and "auto" in (args.imitator_warmup_steps, args.distinguisher_warmup_steps):
+        logger.warning(
+            "No human answers are held out (`heldout_fraction`=%g of %d), so an 'auto' warm-up cannot tell when it "
+            "stops helping and takes its most steps.",
+            args.heldout_fraction,
+            total,
+        )
+    num_repeated = human_rows.num_repeated_heldout
+    if num_repeated:
+        logger.warning(
+            "%d of %d held-out answers also stand, with the same question, in rows that are trained on: held-out "
+            "numbers are not free of memory.",
+            num_repeated,
+            len(human_rows.heldout),
+        )
