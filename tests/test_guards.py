@@ -273,3 +273,11 @@ def test_what_is_known_of_memory_goes_through_json_and_on():
 
     assert other == one
     assert warnings_of(other, 0.9, 0.6) == warnings_of(one, 0.9, 0.6)
+
+
+def test_a_distinguisher_that_begins_to_remember_late_is_noticed_soon():
+    memory = Memory(num_rows=1000, num_heldout_rows=200)
+    for _ in range(2000):
+        assert memory.update(0.6, 10, 0.6, 1) is None
+
+    assert any(memory.update(1.0, 10, 0.5, 1) for _ in range(150))
