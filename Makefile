@@ -27,7 +27,7 @@ demo: $(READY)  ## Train a tiny imitator on real text, judge it and save it: at 
 	$(BIN)/hf-imitate demo
 
 test: lint types  ## Check format, lint, types and all tests; print the ten slowest.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

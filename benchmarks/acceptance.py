@@ -39,7 +39,7 @@ from tqdm import tqdm
 CHECKOUT = Path(__file__).resolve().parent.parent
 RESULTS = CHECKOUT / "benchmarks" / "results"
 MAX_MINUTES = 60.0
-REPORTED_PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "numpy", "scipy", "scikit-learn")
+REPORTED_PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "numpy", "scipy", "scikit-learn", "lm_eval")
 
 
 class OutOfTime(Exception):

@@ -18,26 +18,46 @@ if (_CHECKOUT / "pyproject.toml").is_file() and (_CHECKOUT / "trainers").is_dir(
 _LAZY = {
     "AdversarialConfig": "hf_imitate.trainers.adversarial_config",
     "AdversarialTrainer": "hf_imitate.trainers.adversarial_trainer",
+    "AuditReport": "hf_imitate.audits.report",
     "Distinguisher": "hf_imitate.distinguisher",
+    "Finding": "hf_imitate.audits.report",
     "Imitator": "hf_imitate.imitator",
+    "LatentRetrodictiveConfig": "hf_imitate.trainers.latent_retrodictive_config",
+    "LatentRetrodictiveTrainer": "hf_imitate.trainers.latent_retrodictive_trainer",
+    "RetrodictiveConfig": "hf_imitate.trainers.retrodictive_config",
+    "RetrodictiveTrainer": "hf_imitate.trainers.retrodictive_trainer",
+    "audit": "hf_imitate.audits.run",
     "load_docstrings": "hf_imitate.docstrings",
     "split_by_question": "hf_imitate.rows",
 }
 
 if TYPE_CHECKING:
+    from hf_imitate.audits.report import AuditReport, Finding
+    from hf_imitate.audits.run import audit
     from hf_imitate.distinguisher import Distinguisher
     from hf_imitate.docstrings import load_docstrings
     from hf_imitate.imitator import Imitator
     from hf_imitate.rows import split_by_question
     from hf_imitate.trainers.adversarial_config import AdversarialConfig
     from hf_imitate.trainers.adversarial_trainer import AdversarialTrainer
+    from hf_imitate.trainers.latent_retrodictive_config import LatentRetrodictiveConfig
+    from hf_imitate.trainers.latent_retrodictive_trainer import LatentRetrodictiveTrainer
+    from hf_imitate.trainers.retrodictive_config import RetrodictiveConfig
+    from hf_imitate.trainers.retrodictive_trainer import RetrodictiveTrainer
 
 __all__ = [
     "AdversarialConfig",
     "AdversarialTrainer",
+    "AuditReport",
     "Distinguisher",
+    "Finding",
     "Imitator",
+    "LatentRetrodictiveConfig",
+    "LatentRetrodictiveTrainer",
+    "RetrodictiveConfig",
+    "RetrodictiveTrainer",
     "__version__",
+    "audit",
     "load_docstrings",
     "split_by_question",
 ]

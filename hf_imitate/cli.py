@@ -5,20 +5,10 @@ Training commands take `--config file.yaml`, every config field as a flag (a fla
 """
 
 import difflib
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
-    from trl import DatasetMixtureConfig, ScriptArguments, TrlParser
-
-_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-_DOCSTRINGS_TEST_SIZE = 0.1
-_LAUNCHED = "--launched"  # set on the processes that `accelerate launch` starts, so that they do not launch again
+from functools import partial
+from typing import NamedTuple
 
 
 class Command(NamedTuple):
@@ -78,240 +68,31 @@ def _demo(argv: list[str]) -> int:
     return run_demo(argv) or 0
 
 
-def _adversarial(argv: list[str]) -> int:
-    return _train("adversarial", argv, _make_adversarial_parser, _run_adversarial)
+def _audit(argv: list[str]) -> int:
+    from hf_imitate.audit_cli import main as run_audit
+
+    return run_audit(argv)
 
 
-def _make_adversarial_parser(prog: str) -> "TrlParser":
-    from dataclasses import dataclass, field
+def _train(name: str, argv: list[str]) -> int:
+    from hf_imitate.train_cli import train
 
-    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
-
-    from hf_imitate.trainers.adversarial_config import AdversarialConfig
-
-    @dataclass
-    class AdversarialScriptArguments(ScriptArguments):
-        distinguisher: str | None = field(
-            default=None,
-            metadata={
-                "help": "Repo id or path of a separate model to tell human from imitated answers with; "
-                "by default a second adapter on the imitator's base."
-            },
-        )
-
-    types = (AdversarialScriptArguments, AdversarialConfig, ModelConfig, DatasetMixtureConfig)
-    usage = f"{prog} [--config FILE] [--<setting> VALUE ...] [options of accelerate launch]"
-    parser = TrlParser(types, prog=prog, usage=usage, allow_abbrev=False)
-    for action in parser._actions:
-        # Of a field that takes a number or "auto", the parser of dataclasses knows the number alone; the config knows
-        # both, and reads a number from text.
-        if action.default == "auto" and action.type is int:
-            action.type = str
-    return parser
-
-
-def _run_adversarial(script_args: Any, training_args: Any, model_args: Any, mixture: "DatasetMixtureConfig") -> None:
-    from trl import get_peft_config, get_quantization_config
-
-    from hf_imitate.trainers.adversarial_trainer import AdversarialTrainer
-
-    dataset = _load_dataset(script_args, mixture)
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "trust_remote_code": training_args.trust_remote_code,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
-    trainer = AdversarialTrainer(
-        model=model_args.model_name_or_path,
-        args=training_args,
-        train_dataset=_split_of(dataset, script_args.dataset_train_split),
-        eval_dataset=_eval_split(dataset, script_args, training_args),
-        distinguisher=script_args.distinguisher,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.save_model(training_args.output_dir)
-    trainer.create_model_card(dataset_name=script_args.dataset_name)
-    trainer.accelerator.print(f"Imitator saved to {training_args.output_dir}.")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-        trainer.accelerator.print(f"Imitator pushed to {trainer.hub_model_id}.")
-    trainer.end()
-
-
-def _train(name: str, argv: list[str], make_parser: Callable[[str], "TrlParser"], run: Callable[..., None]) -> int:
-    """Parse settings, then train in this process or in those that `accelerate launch` starts."""
-    is_launched = _is_launched(argv)
-    argv = [part for word in argv for part in _separate_config(word) if part != _LAUNCHED]
-    try:
-        _check_config_file(argv)
-        parser = make_parser(f"hf-imitate {name}")
-        *settings, from_file, from_line = parser.parse_args_and_config(
-            argv, return_remaining_strings=True, separate_remaining_strings=True
-        )
-        _check_settings(*settings)
-        launch_arguments = _launch_arguments(parser, from_file, from_line)
-    except (ValueError, OSError) as error:
-        print(f"hf-imitate {name}: error: {error}", file=sys.stderr)
-        return 2
-    if is_launched or not (launch_arguments or _needs_several_processes()):
-        run(*settings)
-        return 0
-    return _launch(name, launch_arguments, _without_subsequence(argv, from_line))
-
-
-def _is_launched(argv: list[str]) -> bool:
-    # A process that torchrun or `accelerate launch` started by the user's own hand has a rank, and not our flag.
-    return _LAUNCHED in argv or "LOCAL_RANK" in os.environ
-
-
-def _separate_config(word: str) -> list[str]:
-    # TrlParser looks for the word `--config` alone; argparse users also write `--config=file`.
-    return word.split("=", 1) if word.startswith("--config=") else [word]
-
-
-def _check_config_file(argv: list[str]) -> None:
-    if "--config" not in argv:
-        return
-    path = argv[argv.index("--config") + 1 :][:1]
-    if not path:
-        raise ValueError("`--config` is not followed by a file. Write `--config settings.yaml`.")
-    if not Path(path[0]).is_file():
-        raise FileNotFoundError(f"`--config` is {path[0]!r}; there is no such file. Give the path of a YAML file.")
-
-
-def _check_settings(script_args: "ScriptArguments", training_args: Any, model_args: Any, mixture: Any) -> None:
-    if model_args.model_name_or_path is None:
-        raise ValueError("No model to train. Give `--model_name_or_path`: a Hub id, or the directory of a model.")
-    name = script_args.dataset_name
-    if name is None and not mixture.datasets:
-        raise ValueError(
-            "No data to learn from. Give `--dataset_name`: a Hub id, a .json, .jsonl, .csv or .parquet file, a "
-            "directory, or `docstrings` for the embedded data; or list several under `datasets:` in the config file."
-        )
-    if name is not None and Path(name).suffix in _BUILDERS and not Path(name).exists():
-        raise FileNotFoundError(
-            f"`dataset_name` is {name!r}; there is no such file. Give the path of an existing one."
-        )
-
-
-def _launch_arguments(parser: "TrlParser", from_file: list[str], from_line: list[str]) -> list[str]:
-    """Turn what no config field claimed into arguments of `accelerate launch`, or say that nobody knows them."""
-    from accelerate.commands.launch import launch_command_parser
-
-    options = {option: action for action in launch_command_parser()._actions for option in action.option_strings}
-    from_pairs = []
-    for flag, value in zip(from_file[::2], from_file[1::2], strict=True):
-        # In a file a switch has a value, `multi_gpu: true`; on the command line it has none.
-        is_switch = flag in options and options[flag].nargs == 0
-        if not is_switch or value == "True":
-            from_pairs += [flag] if is_switch else [flag, value]
-    arguments = from_pairs + from_line
-    for word in from_file[::2] + [word for word in from_line if word.startswith("--")]:
-        flag = word.split("=", 1)[0]
-        if flag not in options and flag != "--accelerate_config":
-            known = [option for action in parser._actions for option in action.option_strings] + list(options)
-            close = difflib.get_close_matches(flag, known, n=1)
-            hint = f" Did you mean `{close[0]}`?" if close else ""
-            raise ValueError(f"Nothing is called `{flag}`: no setting, and no option of `accelerate launch`.{hint}")
-    return _resolve_accelerate_config(arguments)
-
-
-def _resolve_accelerate_config(arguments: list[str]) -> list[str]:
-    """Replace `--accelerate_config <name or path>` by accelerate's `--config_file <path>`."""
-    from importlib.resources import files
-
-    if "--accelerate_config" not in arguments:
-        return arguments
-    index = arguments.index("--accelerate_config")
-    if index + 1 == len(arguments):
-        raise ValueError(
-            "`--accelerate_config` is not followed by a name or a path. Write `--accelerate_config fsdp2`."
-        )
-    value, folder = arguments[index + 1], files("trl.accelerate_configs")
-    path = value if Path(value).is_file() else str(folder.joinpath(f"{value}.yaml"))
-    if not Path(path).is_file():
-        names = sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-        raise ValueError(f"`--accelerate_config` is {value!r}: no file, and none of {', '.join(names)}.")
-    return ["--config_file", path, *arguments[:index], *arguments[index + 2 :]]
-
-
-def _needs_several_processes() -> bool:
-    import torch
-    from accelerate.commands.config import default_config_file
-
-    # TRL's trainers refuse to spread one process over several GPUs; `accelerate config` is a choice already made.
-    return os.path.isfile(default_config_file) or torch.cuda.device_count() > 1
-
-
-def _launch(name: str, launch_arguments: list[str], script_arguments: list[str]) -> int:
-    from accelerate.commands.launch import launch_command, launch_command_parser
-
-    # As a module: run as a file, this folder would come first on the path, and its `rows` or `demo` hide others.
-    script = ["--module", "hf_imitate.cli", name, _LAUNCHED, *script_arguments]
-    try:
-        launch_command(launch_command_parser().parse_args([*launch_arguments, *script]))
-    except subprocess.CalledProcessError as error:
-        return error.returncode  # what went wrong was said by the process that failed
-    return 0
-
-
-def _without_subsequence(words: list[str], removed: list[str]) -> list[str]:
-    """`words` without the ordered subsequence `removed`."""
-    rest = list(removed)
-    return [word for word in words if not (rest and word == rest[0] and rest.pop(0))]
-
-
-def _load_dataset(script_args: "ScriptArguments", mixture: "DatasetMixtureConfig") -> "DatasetDict":
-    from trl import get_dataset
-
-    from hf_imitate.docstrings import load_docstrings
-    from hf_imitate.rows import split_by_question
-
-    if mixture.datasets:
-        return get_dataset(mixture)
-    if script_args.dataset_name == "docstrings":
-        # Many functions share a first line: an answer seen in training must not be met again in the test.
-        test_size = mixture.test_split_size or _DOCSTRINGS_TEST_SIZE
-        return split_by_question(load_docstrings(), test_size=test_size, group_by="completion")
-    dataset = _load_named(script_args)
-    if mixture.test_split_size is None:
-        return dataset
-    return split_by_question(_split_of(dataset, script_args.dataset_train_split), test_size=mixture.test_split_size)
-
-
-def _load_named(script_args: "ScriptArguments") -> "DatasetDict":
-    import datasets
-
-    name = script_args.dataset_name
-    path, is_streaming = Path(name), script_args.dataset_streaming
-    if path.is_file() and path.suffix in _BUILDERS:
-        return datasets.load_dataset(_BUILDERS[path.suffix], data_files=str(path), streaming=is_streaming)
-    if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
-        saved = datasets.load_from_disk(name)
-        return datasets.DatasetDict({"train": saved}) if isinstance(saved, datasets.Dataset) else saved
-    return datasets.load_dataset(name, name=script_args.dataset_config, streaming=is_streaming)
-
-
-def _split_of(dataset: "DatasetDict", split: str) -> "Dataset":
-    if split not in dataset:
-        raise ValueError(
-            f"The data set has no split {split!r}, only {', '.join(dataset)}. Name one with `--dataset_train_split` "
-            "or `--dataset_test_split`, or hold out questions with `--test_split_size 0.1`."
-        )
-    return dataset[split]
-
-
-def _eval_split(dataset: "DatasetDict", script_args: "ScriptArguments", training_args: Any) -> "Dataset | None":
-    return None if training_args.eval_strategy == "no" else _split_of(dataset, script_args.dataset_test_split)
+    return train(name, argv)
 
 
 COMMANDS: dict[str, Command] = {
     "demo": Command("Train and judge a small imitator of real text, here and now, without the network.", _demo),
-    "adversarial": Command("Train an imitator against a distinguisher (AdversarialTrainer).", _adversarial),
+    "adversarial": Command(
+        "Train an imitator against a distinguisher (AdversarialTrainer).", partial(_train, "adversarial")
+    ),
+    "retrodictive": Command(
+        "Train an imitator on the log-probability of the answers (RetrodictiveTrainer).",
+        partial(_train, "retrodictive"),
+    ),
+    "latent": Command(
+        "Train an imitator that thinks before it answers (LatentRetrodictiveTrainer).", partial(_train, "latent")
+    ),
+    "audit": Command("Audit any causal LM against what people answered; every claim with a confidence.", _audit),
 }
 """Every command, by the word that calls it."""
 

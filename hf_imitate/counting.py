@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from hf_imitate.bounds import Interval
 from hf_imitate.circuits import Formula
-from hf_imitate.retrodictive_bounds import factor_interval
+from hf_imitate.retrodictive_bounds import counting_interval, log_of_ratio
 
 _COUNTERS = ("pyganak", "pyapproxmc")
 _CURES = {
@@ -215,27 +215,11 @@ def _count_outcomes(formula: Formula, **settings: Any) -> Count:
 
 
 def _log_ratio_of_counts(num_allowing: Count, num_outcomes: Count) -> CountedLogProb:
-    log_prob = min(log_of_ratio(num_allowing.value, num_outcomes.value), 0.0)
+    # A formula that allows nothing gives every answer probability 0, as one that allows something else does.
+    value, total = num_allowing.value, max(num_outcomes.value, 1)
     epsilon = (1 + num_allowing.epsilon) * (1 + num_outcomes.epsilon) - 1
-    return CountedLogProb(log_prob, factor_interval(log_prob, epsilon), num_allowing, num_outcomes)
-
-
-def log_of_ratio(numerator: int, denominator: int) -> float:
-    """log(numerator / denominator) of nonnegative integers of any size, in nats; -inf if the numerator is 0.
-
-    Neither is rounded first: the quotient may lie far outside the range of floats, or so near 1 that only the
-    difference of the integers tells it from 1.
-    """
-    if numerator == 0:
-        return -math.inf
-    shift = numerator.bit_length() - denominator.bit_length()
-    if abs(shift) <= 1:
-        return math.log1p((numerator - denominator) / denominator)
-    if shift > 0:
-        denominator <<= shift
-    else:
-        numerator <<= -shift
-    return math.log1p((numerator - denominator) / denominator) + shift * math.log(2)
+    log_prob = min(log_of_ratio(value, total), 0.0)
+    return CountedLogProb(log_prob, counting_interval(value, total, epsilon), num_allowing, num_outcomes)
 
 
 def _check_settings(

@@ -1,50 +1,47 @@
 """`hf-imitate demo`: real text, a tiny base, an imitator trained and judged, on a laptop's CPU, with no network."""
 
 import argparse
-import math
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, ProgressCallback, TrainerCallback
+from transformers import AutoModelForCausalLM, PreTrainedModel, ProgressCallback, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from hf_imitate.audits.distinguishability import judge_pairs
-from hf_imitate.audits.judges import lora_judge, ngram_judge
-from hf_imitate.demo_report import Measured, System, report
+from hf_imitate.audits.report import AuditReport
+from hf_imitate.audits.run import audit
+from hf_imitate.demo_report import Measured, System, read_scores, report
+from hf_imitate.demo_thinking import show, think
 from hf_imitate.docstrings import load_docstrings
 from hf_imitate.human_rows import HumanRows
 from hf_imitate.imitator import Imitator
 from hf_imitate.log_probs import answer_log_probs, nats_to_bits
 from hf_imitate.losses import retrodictive_loss
-from hf_imitate.pairs import Pair
-from hf_imitate.rendering import Renderer, collate, end_token_ids
+from hf_imitate.rendering import collate
 from hf_imitate.rows import split_by_question
-from hf_imitate.sampling import draw_answers
-from hf_imitate.scoring import score_answers
 from hf_imitate.tiny_base import tiny_base
 
 ANSWER_TOKENS = 32
 PROMPT_CHARACTERS = 90  # a few longer signatures would widen every batch
-NUM_QUESTIONS = 1200  # held out; half of them train the judges, half are trials. A slow machine asks fewer
-JUDGE_STEPS, JUDGE_PAIRS = 120, 16
+NUM_QUESTIONS = 1200  # held out: the last ones choose a temperature, the others are audited. A slow machine asks fewer
+NUM_CHOOSING, NUM_PROBED, FEWEST_AUDITED = 200, 64, 60
+TEMPERATURES = (0.7, 0.85, 1.0)
 BATCH, NUM_GENERATIONS = 32, 4
 WARMUP_RATE, GAME_RATE = 1e-3, 1e-4
-JUDGE_SEED = 1
 # Seconds on two cores. What is left of twelve minutes belongs to later parts of the demo and to slow machines.
-BASE_SECONDS, TRAINING_SECONDS, JUDGING_SECONDS = 180.0, 240.0, 120.0
+BASE_SECONDS, TRAINING_SECONDS, JUDGING_SECONDS, THINKING_SECONDS = 180.0, 240.0, 120.0, 45.0
 SHARES = {"imitator_warmup": 0.33, "distinguisher_warmup": 0.10, "game": 0.45, "control": 0.12}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo: base, warm-up, game, judges, table, picture, saved imitator. Returns the exit code."""
+    """Run the demo: base, warm-up, game, audits, table, picture, latent task. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="hf-imitate demo", description=__doc__)
     parser.add_argument("--output_dir", default="hf-imitate-demo", help="where imitator, table and picture go")
     parser.add_argument("--model", help="start from this model (Hub id or path) instead of a tiny base made here")
@@ -62,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Not by answer: with stock phrases on one side only, the split itself would tell the authors apart.
         dataset = split_by_question(short, test_size=NUM_QUESTIONS, seed=args.seed)
         num_known = len(set(dataset["train"]["completion"]) & set(dataset["test"]["completion"]))
+        first_choosing = len(dataset["test"]) - NUM_CHOOSING
+        audited = dataset["test"].select(range(first_choosing))
         print(
             f"{len(pairs)} pairs: a function's signature, and the first line of the docstring that its author wrote.\n"
             f"{len(pairs) - len(short)} with signatures over {PROMPT_CHARACTERS} characters are left out; "
@@ -72,10 +71,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = args.model or str(tiny_base(max_seconds=BASE_SECONDS / args.speed_up))
     with _stage("Training"):
         models = train(path, dataset["train"], output_dir, TRAINING_SECONDS / args.speed_up, args.seed)
-    with _stage("Judging"):
-        measured = measure(models, path, dataset["test"], JUDGING_SECONDS / args.speed_up, args.seed)
-    report(measured, dataset["test"], output_dir)
-    check_saved(models["imitator"], output_dir)
+        saved = load_saved(models["imitator"], output_dir)
+    with _stage("Auditing"):
+        systems = choose_systems(models, saved, dataset["test"].select(range(first_choosing, len(dataset["test"]))))
+        measured = measure(systems, audited, dataset["train"], output_dir, JUDGING_SECONDS / args.speed_up, args.seed)
+    report(measured, audited, output_dir, args.seed)
+    with _stage("A latent task"):
+        show(think(output_dir / "_thinking", THINKING_SECONDS / args.speed_up, args.seed))
     print(f"\nDone in {(time.perf_counter() - began) / 60:.1f} minutes. Everything is in {output_dir}/")
     return 0
 
@@ -254,83 +256,10 @@ def _fit_likelihood(model: PreTrainedModel, rows: HumanRows, pad_token_id: int, 
         optimizer.zero_grad()
 
 
-# --- judging
+# --- auditing
 
 
-def measure(models: dict[str, PreTrainedModel], base: str, rows: Dataset, seconds: float, seed: int) -> list[Measured]:
-    """Let every system answer the held-out questions, score the humans' answers under its law, and have it judged.
-
-    Args:
-        models: as `train` returns them.
-        base: where the judges start, a Hub id or a path.
-        rows: held-out rows.
-        seconds: time for all of it; on a slow machine there are fewer questions and shorter trained judges.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    systems = [
-        System("base", models["base"], 1.0),
-        *(System(f"SFT, T={temperature:g}", models["sft"], temperature) for temperature in (0.7, 0.85, 1.0)),
-        System("SFT, as many more steps", models["control"], 1.0),
-        System("imitator", models["imitator"], 1.0),
-    ]
-    renderer = Renderer(tokenizer, end_token_ids(tokenizer, models["base"].generation_config), ANSWER_TOKENS)
-    began = time.perf_counter()
-    probe = rows.select(range(64))
-    tried = _ask(systems[0], renderer, probe, seed)
-    per_question = (time.perf_counter() - began) / len(probe)
-    began = time.perf_counter()
-    lora_judge(base, num_steps=3, batch_size=JUDGE_PAIRS)(tried.pairs, [], seed)
-    per_step = (time.perf_counter() - began) / 3
-    share = seconds / len(systems)
-    num_questions = min(len(rows), max(int(0.45 * share / per_question), 200))
-    num_steps = min(JUDGE_STEPS, max(int(0.45 * share / per_step), 20))
-    print(
-        f"{num_questions} questions to each system; the lora judge trains for {num_steps} steps "
-        f"of {JUDGE_PAIRS} pairs."
-    )
-    judges = {"ngram": ngram_judge, "lora": lora_judge(base, num_steps=num_steps, batch_size=JUDGE_PAIRS)}
-    measured = []
-    for system in tqdm(systems, desc="judging"):
-        asked = _ask(system, renderer, rows.select(range(num_questions)), seed)
-        judgements = {n: judge_pairs(asked.pairs, judge, name=n, seed=JUDGE_SEED) for n, judge in judges.items()}
-        mean, half = asked.nats.mean(), 1.96 * asked.nats.std(ddof=1) / math.sqrt(num_questions)
-        interval = (nats_to_bits(mean - half), nats_to_bits(mean + half))
-        answers = [pair.imitator[0] for pair in asked.pairs]
-        measured.append(Measured(system, nats_to_bits(mean), interval, asked.length_ratio, judgements, answers))
-    return measured
-
-
-class _Asked(NamedTuple):
-    pairs: list[Pair]
-    nats: np.ndarray  # of the human's answer to each question
-    length_ratio: float
-
-
-def _ask(system: System, renderer: Renderer, rows: Dataset, seed: int) -> _Asked:
-    """One answer to each question, and what the human's answer costs under the law that is sampled from."""
-    humans = list(HumanRows(rows, renderer).rows.values())
-    rendered = [human.rendered for human in humans]
-    pad = renderer.tokenizer.pad_token_id
-    nats = -score_answers(system.model, rendered, pad, temperature=system.temperature).numpy()
-    drawn = draw_answers(
-        system.model,
-        renderer,
-        rows["prompt"],
-        num_answers=1,
-        seed=seed,
-        max_new_tokens=ANSWER_TOKENS,
-        temperature=system.temperature,
-        batch_size=128,
-    )
-    draws = [draws[0] for draws in drawn]
-    pairs = [Pair(q, h.answer, (d.answer,)) for q, h, d in zip(rows["prompt"], humans, draws, strict=True)]
-    lengths = [sum(map(len, ids)) for ids in ((d.ids for d in draws), (r.answer_ids for r in rendered))]
-    return _Asked(pairs, nats, lengths[0] / lengths[1])
-
-
-def check_saved(model: PreTrainedModel, output_dir: Path) -> None:
+def load_saved(model: PreTrainedModel, output_dir: Path) -> Imitator:
     """Load the saved imitator as a user would, and compare.
 
     Raises:
@@ -346,3 +275,70 @@ def check_saved(model: PreTrainedModel, output_dir: Path) -> None:
     print(f"Imitator.from_pretrained('{output_dir}') loads it; asked `{question.strip()}` it answers:")
     for answer in loaded.answer([question], num_answers=3, seed=0)[0]:
         print(f"    {answer}")
+    return loaded
+
+
+def choose_systems(models: dict[str, PreTrainedModel], saved: Imitator, rows: Dataset) -> list[System]:
+    """What is compared: base, SFT at its best temperature, the game's control, and the imitator, last.
+
+    Args:
+        models: as `train` returns them.
+        saved: the imitator as it was saved.
+        rows: held-out rows that are not audited; under the best temperature they cost the fewest bits.
+    """
+    base, sft, control = (
+        Imitator(models[name], saved.tokenizer, max_new_tokens=ANSWER_TOKENS) for name in ("base", "sft", "control")
+    )
+    answered = rows["prompt"][:], rows["completion"][:]
+    nats = {t: -sft.log_prob(*answered, temperature=t).nats.mean().item() for t in TEMPERATURES}
+    best = min(nats, key=lambda temperature: nats[temperature])
+    told = ", ".join(f"{nats_to_bits(nats[t]):.1f} at {t:g}" for t in TEMPERATURES)
+    print(f"SFT's best temperature is {best:g}: bits of {len(rows)} further human answers are {told}.")
+    return [
+        System("base", base, 1.0),
+        System(f"SFT, T={best:g}", sft, best),
+        System("SFT, as many more steps", control, 1.0),
+        System("imitator", saved, 1.0),
+    ]
+
+
+def measure(
+    systems: Sequence[System], rows: Dataset, train_rows: Dataset, output_dir: Path, seconds: float, seed: int
+) -> list[Measured]:
+    """Audit every system on the same held-out questions.
+
+    Args:
+        systems: what is compared; the last one's audit goes beside its weights.
+        rows: held-out rows.
+        train_rows: what was trained on.
+        output_dir: the demo's folder.
+        seconds: time for all of it; on a slow machine fewer questions are asked.
+    """
+    known = train_rows.select_columns(["prompt", "completion"])
+    asked = rows.select_columns(["prompt", "completion"])
+
+    def audited(system: System, num_questions: int, folder: Path | None) -> AuditReport:
+        return audit(
+            system.imitator,
+            asked.select(range(num_questions)),
+            known,
+            generation_config={"temperature": system.temperature, "max_new_tokens": ANSWER_TOKENS},
+            seed=seed,
+            output_dir=folder,
+            batch_size=128,
+            progress=False,
+        )
+
+    began = time.perf_counter()
+    audited(systems[0], NUM_PROBED, None)
+    spent = time.perf_counter() - began
+    fitting = int((seconds - spent) / len(systems) / (spent / NUM_PROBED))
+    num_questions = min(len(rows), max(fitting, FEWEST_AUDITED))
+    print(f"{num_questions} questions to each system.")
+    measured = []
+    for number, system in enumerate(tqdm(systems, desc="auditing")):
+        # A push leaves behind what starts with an underscore.
+        folder = output_dir / ("audit" if system is systems[-1] else f"_rivals/{number}")
+        found = audited(system, num_questions, folder)
+        measured.append(Measured(system, found, read_scores(folder / "scores.parquet")))
+    return measured

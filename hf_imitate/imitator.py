@@ -3,38 +3,27 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_imitate.candidates import check_resampling, checks_in_order, logits_of
 from hf_imitate.causal_lm import load_causal_lm, repo_folder
-from hf_imitate.checks import Check, check_names, check_outcomes
+from hf_imitate.checks import Check
 from hf_imitate.distinguisher import Distinguisher
+from hf_imitate.latent_imitator import DEFAULT_NUM_ESTIMATES, LatentImitator
+from hf_imitate.log_prob_reports import LogProb, estimated_log_prob, exact_log_prob
+from hf_imitate.questions import check_columns, check_pairs, check_questions
 from hf_imitate.rendering import Answer, Renderer, end_token_ids
+from hf_imitate.residual_imitator import DEFAULT_NUM_ESTIMATES_RESAMPLED, ResidualImitator
+from hf_imitate.residual_verification import verify_resampled
 from hf_imitate.sampling import draw_answers
-from hf_imitate.scoring import score_answers
 from hf_imitate.verification import Verification, verify_answers
 
 DEFAULT_MAX_NEW_TOKENS = 256
-
-
-class LogProb(NamedTuple):
-    """Log-probability of each answer, nats.
-
-    Attributes:
-        nats (`torch.Tensor`): log p(answer | question), [N], fp64.
-        lower_bound (`torch.Tensor`): what log p is at least, for each answer on its own, at the asked confidence. [N].
-        effective_sample_size (`torch.Tensor`): draws that an estimate rests on, from 1; infinite where exact. [N].
-        is_exact (`torch.Tensor`): whether `nats` is no estimate; `lower_bound` then equals it. [N], bool.
-    """
-
-    nats: Tensor
-    lower_bound: Tensor
-    effective_sample_size: Tensor
-    is_exact: Tensor
 
 
 class Imitator:
@@ -58,6 +47,8 @@ class Imitator:
 
     Attributes:
         renderer ([`~hf_imitate.rendering.Renderer`]): turns questions and answers into ids; it cuts nothing.
+        latent ([`~hf_imitate.latent_imitator.LatentImitator`], *optional*):
+            Of an imitator that thinks before it answers, its law; `latent.answer(...)` gives the thoughts, too.
 
     Example:
 
@@ -87,6 +78,7 @@ class Imitator:
             completion_role=completion_role,
         )
         self.max_new_tokens = max_new_tokens or generation_config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
+        self.latent: LatentImitator | None = None
         self._distinguisher = distinguisher
         self._distinguisher_source: tuple[Path, dict[str, Any]] | None = None
 
@@ -127,6 +119,9 @@ class Imitator:
             max_new_tokens=model.generation_config.max_new_tokens or stored.get("max_answer_tokens"),
             completion_role=stored.get("completion_role", "assistant"),
         )
+        if stored.get("objective") == "latent":
+            imitator.max_new_tokens = stored["max_answer_tokens"]
+            imitator.latent = LatentImitator.load(root, stored, model, tokenizer, imitator.renderer)
         if (root / "distinguisher" / "checks.json").is_file():
             imitator._distinguisher_source = (root, {"device": model.device, "dtype": dtype})
         return imitator
@@ -150,6 +145,19 @@ class Imitator:
             self._distinguisher.renderer.completion_role = self.renderer.completion_role
         return self._distinguisher
 
+    def residual(
+        self,
+        resample: int = 8,
+        checks: Sequence[Check] | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float = 1.0,
+    ) -> ResidualImitator:
+        """The law that `resample=K` speaks of, for what else it can tell: the candidates themselves, how many of them
+        count (`resampling`), a certificate from both sides (`enclose_log_prob`). Arguments as in `answer`."""
+        longest = self.max_new_tokens if max_new_tokens is None else max_new_tokens
+        law: dict[str, Any] = {"max_new_tokens": longest, "temperature": temperature, "latent": self.latent}
+        return ResidualImitator(self.model, self.renderer, self.distinguisher, resample=resample, checks=checks, **law)
+
     def answer(
         self,
         questions: Sequence[str | list[dict]],
@@ -160,8 +168,14 @@ class Imitator:
         temperature: float = 1.0,
         batch_size: int = 64,
         progress: bool = False,
+        resample: int = 1,
+        checks: Sequence[Check] | None = None,
+        **columns: Sequence[Any],
     ) -> list[list[str]]:
         """Draw answers. They do not depend on the other questions asked, nor on `batch_size`.
+
+        With `resample=K`, K candidates are drawn for each answer, and one is kept with probability softmax of the
+        distinguisher's logits: nearer to the human's law, see [`~hf_imitate.residual`], at K times the cost.
 
         Args:
             questions (`list[str]` or `list[list[dict]]`):
@@ -179,24 +193,37 @@ class Imitator:
             batch_size (`int`, defaults to 64):
                 Most answers at once.
             progress (`bool`, defaults to `False`):
-                Show a progress bar.
+                Show a progress bar, and with `resample` what it cost.
+            resample (`int`, defaults to 1):
+                Number of candidates per answer; 1 is the plain imitator and asks no distinguisher. The first candidate
+                is the plain imitator's answer.
+            checks (`list[Callable]`, *optional*):
+                The checks the distinguisher was trained with.
+            columns:
+                The data set's other columns, one value per question; passed to the checks.
 
         Returns:
             `list[list[str]]`: for each question its answers, as sampled, without end token.
+
+        Raises:
+            FileNotFoundError: `resample` is not 1, and the imitator came without a distinguisher.
+            TypeError, ValueError: a setting is out of range, or `checks` and `columns` do not fit.
         """
-        _check_questions(questions)
-        draws = draw_answers(
-            self.model,
-            self.renderer,
-            questions,
-            num_answers=num_answers,
-            seed=seed,
-            first_draw=first_draw,
-            max_new_tokens=self.max_new_tokens if max_new_tokens is None else max_new_tokens,
-            temperature=temperature,
-            batch_size=batch_size,
-            progress=progress,
-        )
+        check_questions(questions)
+        check_resampling(resample, checks, columns, len(questions))
+        settings: dict[str, Any] = {"num_answers": num_answers, "seed": seed, "first_draw": first_draw}
+        settings |= {"batch_size": batch_size, "progress": progress}
+        longest = self.max_new_tokens if max_new_tokens is None else max_new_tokens
+        draws: list
+        if resample != 1:
+            draws = self.residual(resample, checks, longest, temperature).answer(
+                questions, **settings, columns=columns
+            )
+        elif self.latent is not None:
+            draws = self.latent.answer(questions, max_new_tokens=longest, temperature=temperature, **settings)
+        else:
+            settings |= {"max_new_tokens": longest, "temperature": temperature}
+            draws = draw_answers(self.model, self.renderer, questions, **settings)
         return [[draw.answer.text for draw in of_question] for of_question in draws]
 
     def verify(
@@ -210,8 +237,14 @@ class Imitator:
         tolerance: float | None = None,
         batch_size: int = 64,
         progress: bool = False,
+        resample: int = 1,
+        checks: Sequence[Check] | None = None,
+        **columns: Sequence[Any],
     ) -> Verification:
         """Check that answers are what [`~Imitator.answer`] gives, by one forward per answer, not by drawing again.
+
+        Where a hidden thought stands before the answer, thought and answer are drawn again; with `resample`, so are
+        all candidates, and the choice between them is made again ([`~hf_imitate.residual_verification`]).
 
         Args:
             questions (`list[str]` or `list[list[dict]]`):
@@ -220,11 +253,7 @@ class Imitator:
                 What `answer` returned, or somebody says it did.
             seed (`int`, defaults to 0):
                 What they were drawn with. It should have been drawn after the imitator was frozen.
-            first_draw (`int`, defaults to 0):
-                As in `answer`.
-            max_new_tokens (`int`, *optional*):
-                As in `answer`.
-            temperature (`float`, defaults to 1.0):
+            first_draw, max_new_tokens, temperature, resample, checks, columns:
                 As in `answer`.
             tolerance (`float`, *optional*):
                 Nats by which two logits may be off against each other through rounding. Defaults to 1e-3 in float32
@@ -242,20 +271,18 @@ class Imitator:
         Raises:
             TypeError, ValueError: questions and answers do not belong together, or a setting is out of range.
         """
-        _check_questions(questions)
-        return verify_answers(
-            self.model,
-            self.renderer,
-            questions,
-            answers,
-            seed=seed,
-            first_draw=first_draw,
-            max_new_tokens=self.max_new_tokens if max_new_tokens is None else max_new_tokens,
-            temperature=temperature,
-            tolerance=tolerance,
-            batch_size=batch_size,
-            progress=progress,
-        )
+        check_questions(questions)
+        check_resampling(resample, checks, columns, len(questions))
+        settings: dict[str, Any] = {"seed": seed, "first_draw": first_draw, "tolerance": tolerance}
+        settings |= {"batch_size": batch_size, "progress": progress}
+        longest = self.max_new_tokens if max_new_tokens is None else max_new_tokens
+        if resample != 1:
+            law = self.residual(resample, checks, longest, temperature)
+            return verify_resampled(law, questions, answers, **settings, columns=columns)
+        settings |= {"max_new_tokens": longest, "temperature": temperature}
+        if self.latent is not None:
+            return self.latent.verify(questions, answers, **settings)
+        return verify_answers(self.model, self.renderer, questions, answers, **settings)
 
     def log_prob(
         self,
@@ -263,11 +290,19 @@ class Imitator:
         answers: Sequence[str],
         confidence: float = 0.95,
         seed: int = 0,
+        num_estimates: int | None = None,
         temperature: float = 1.0,
         batch_size: int = 64,
         progress: bool = False,
+        resample: int = 1,
+        checks: Sequence[Check] | None = None,
+        **columns: Sequence[Any],
     ) -> LogProb:
-        """Log-probability of whole answers, end token included, however long; exact, so nothing is drawn.
+        """Log-probability of whole answers, end token included, however long.
+
+        It is exact and nothing is drawn, unless a hidden thought stands before the answer: then it is estimated from
+        thoughts drawn in hindsight, [`~hf_imitate.latent_imitator.LatentImitator.log_prob`]; or answers are resampled:
+        then from fresh candidates, [`~hf_imitate.residual_imitator.ResidualImitator.log_prob`].
 
         As in training, an answer is spelled canonically first ([`~hf_imitate.rendering.canonical_text`]) and scored in
         the tokenizer's own ids: other ids that spell the same only add probability.
@@ -281,33 +316,39 @@ class Imitator:
                 Of `lower_bound`, where `nats` is an estimate.
             seed (`int`, defaults to 0):
                 Of the draws behind an estimate.
+            num_estimates (`int`, *optional*):
+                Draws behind an estimate, for each answer: thoughts, 64 by default; or sets of `resample` - 1
+                candidates, 8 by default (64 where thoughts precede them).
             temperature (`float`, defaults to 1.0):
                 Scores softmax(logits / temperature), the law that `answer(temperature=...)` draws from.
             batch_size (`int`, defaults to 64):
                 Most answers in one forward.
             progress (`bool`, defaults to `False`):
                 Show a progress bar.
+            resample, checks, columns:
+                As in `answer`: scores the law of those answers. Their limit is the trained law's.
 
         Returns:
             [`LogProb`].
 
         Raises:
+            FileNotFoundError: `resample` is not 1, and the imitator came without a distinguisher.
             TypeError, ValueError: questions and answers do not belong together, or a setting is out of range.
         """
-        _check_pairs(questions, answers)
+        check_pairs(questions, answers)
+        check_resampling(resample, checks, columns, len(questions))
         if not 0 < confidence < 1:
             raise ValueError(f"`confidence` is {confidence}; it must lie between 0 and 1, such as 0.95.")
-        rows = self.renderer.human(questions, answers) if questions else []
-        nats = score_answers(
-            self.model,
-            rows,
-            self.tokenizer.pad_token_id or 0,
-            batch_size=batch_size,
-            temperature=temperature,
-            progress=progress,
-        )
-        is_exact = torch.ones(len(rows), dtype=torch.bool)
-        return LogProb(nats, nats.clone(), torch.full_like(nats, torch.inf), is_exact)
+        if num_estimates is None:
+            num_estimates = DEFAULT_NUM_ESTIMATES if self.latent is not None else DEFAULT_NUM_ESTIMATES_RESAMPLED
+        if resample != 1:
+            law = self.residual(resample, checks, temperature=temperature)
+            own = (confidence, seed, num_estimates, batch_size, progress, columns)
+            return estimated_log_prob(law.log_prob(questions, answers, *own))
+        if self.latent is not None:
+            drawn = (confidence, seed, num_estimates, temperature, batch_size, progress)
+            return estimated_log_prob(self.latent.log_prob(questions, answers, *drawn))
+        return exact_log_prob(self.model, self.renderer, questions, answers, temperature, batch_size, progress)
 
     def human_logit(
         self,
@@ -338,55 +379,12 @@ class Imitator:
             FileNotFoundError: the imitator came without a distinguisher.
             ValueError: `checks` are not those it was trained with, and `text_only` is not set.
         """
-        _check_pairs(questions, answers)
+        check_pairs(questions, answers)
         distinguisher = self.distinguisher
-        by_name = dict(zip(check_names(checks or ()), checks or (), strict=True))
-        if text_only and by_name:
+        if text_only and checks:
             raise ValueError("`text_only=True` leaves the checks out, and `checks` were given. Drop one of the two.")
-        if not text_only and set(by_name) != set(distinguisher.check_names):
-            raise ValueError(
-                f"The distinguisher was trained with the checks {sorted(distinguisher.check_names)}; got "
-                f"{sorted(by_name)}. Pass those functions as `checks`, or `text_only=True` for the text's logit alone."
-            )
-        for name, values in columns.items():
-            if len(values) != len(answers):
-                raise ValueError(
-                    f"Column `{name}` has {len(values)} values for {len(answers)} answers; give one each."
-                )
-        outcomes = None
-        if by_name and answers:
-            completions = list(map(self.renderer.as_completion, questions, answers))
-            in_order = [by_name[name] for name in distinguisher.check_names]
-            outcomes = check_outcomes(in_order, questions, completions, None, **columns)
-        return distinguisher.score(questions, [Answer(text, True) for text in answers], outcomes).cpu()
-
-
-def _check_questions(questions: Sequence[str | list[dict]]) -> None:
-    if isinstance(questions, str):
-        raise TypeError("`questions` is one string; give a list, `[question]`.")
-    kinds = [
-        "text" if isinstance(q, str) else "messages" if isinstance(q, list) else type(q).__name__ for q in questions
-    ]
-    for index, kind in enumerate(kinds):
-        if kind not in ("text", "messages"):
-            raise TypeError(
-                f"questions[{index}] is a {kind}; give text, or a list of messages such as "
-                '`[[{"role": "user", "content": "..."}]]`.'
-            )
-        if kind != kinds[0]:
-            raise TypeError(
-                f"questions[{index}] is {kind}, questions[0] is {kinds[0]}. Ask each kind in a call of its own."
-            )
-
-
-def _check_pairs(questions: Sequence[str | list[dict]], answers: Sequence[str]) -> None:
-    _check_questions(questions)
-    if isinstance(answers, str) or len(answers) != len(questions):
-        found = "one string" if isinstance(answers, str) else f"{len(answers)} answers"
-        raise ValueError(f"Give one answer to each question, as a list: got {len(questions)} questions and {found}.")
-    for index, answer in enumerate(answers):
-        if not isinstance(answer, str):
-            raise TypeError(
-                f"answers[{index}] is a {type(answer).__name__}; give one string per question. For several answers to "
-                "one question, repeat the question."
-            )
+        cure = ", or `text_only=True` for the text's logit alone"
+        in_order = [] if text_only else checks_in_order(distinguisher, checks, cure)
+        check_columns(columns, len(answers))
+        as_written = [Answer(text, True) for text in answers]
+        return logits_of(distinguisher, self.renderer, questions, as_written, in_order, columns)

@@ -178,7 +178,7 @@ def factor_interval(log_estimate: float, epsilon: float) -> Interval:
     return Interval(log_estimate - math.log1p(epsilon), min(log_estimate + math.log1p(epsilon), 0.0))
 
 
-def counting_interval(count: float, num_outcomes: float, epsilon: float = 0.0) -> Interval:
+def counting_interval(count: int, num_outcomes: int, epsilon: float = 0.0) -> Interval:
     """Interval of log p = log(count / num_outcomes) for a sampler circuit or a constraint system (T7). Nats.
 
     A circuit on m random bits: `count` settings of the bits that give the answer, of 2^m. A constraint system: 1 of
@@ -187,8 +187,9 @@ def counting_interval(count: float, num_outcomes: float, epsilon: float = 0.0) -
     both numbers are approximate, epsilon = (1 + epsilon_1)(1 + epsilon_2) - 1.
 
     Args:
-        count: models of the answer; an `int` of any size. 0 gives -inf at both ends.
-        num_outcomes: what it is out of; an `int` of any size.
+        count: models of the answer, of any size. 0 gives -inf at both ends. An estimate above `num_outcomes` says no
+            more than one of `num_outcomes` does, since p is at most 1.
+        num_outcomes: what it is out of, of any size.
         epsilon: as above.
 
     Raises:
@@ -196,9 +197,25 @@ def counting_interval(count: float, num_outcomes: float, epsilon: float = 0.0) -
     """
     if count < 0 or num_outcomes <= 0 or (epsilon == 0 and count > num_outcomes):
         raise ValueError(f"Need 0 <= `count` <= `num_outcomes` and `num_outcomes` > 0; got {count} of {num_outcomes}.")
-    if count == 0:
-        return Interval(-math.inf, -math.inf)
-    return factor_interval(math.log(count) - math.log(num_outcomes), epsilon)
+    return factor_interval(min(log_of_ratio(count, num_outcomes), 0.0), epsilon)
+
+
+def log_of_ratio(numerator: int, denominator: int) -> float:
+    """log(numerator / denominator) of nonnegative integers of any size, in nats; -inf if the numerator is 0.
+
+    Neither is rounded first: the quotient may lie far outside the range of floats, or so near 1 that only the
+    difference of the integers tells it from 1.
+    """
+    if numerator == 0:
+        return -math.inf
+    shift = numerator.bit_length() - denominator.bit_length()
+    if abs(shift) <= 1:
+        return math.log1p((numerator - denominator) / denominator)
+    if shift > 0:
+        denominator <<= shift
+    else:
+        numerator <<= -shift
+    return math.log1p((numerator - denominator) / denominator) + shift * math.log(2)
 
 
 def confidence_of_each(confidence: float, num_answers: int) -> float:

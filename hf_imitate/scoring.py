@@ -164,20 +164,18 @@ class _Reader:
         self.model, self.rows, self.pad_token_id, self.batch_size = model, rows, pad_token_id, batch_size
         self.causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
         self.vocab_size = model.config.get_text_config().vocab_size
-        self.is_prompt_tuned = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+        is_prompt_tuned = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
         takes_positions = "position_ids" in inspect.signature(self.causal_lm.forward).parameters
-        self.takes_positions = takes_positions and not self.is_prompt_tuned
+        self.takes_positions = takes_positions and not is_prompt_tuned
 
     def has_standard_cache(self) -> bool:
         """Whether every layer keeps all keys and values, so that the rows of a batch can share them.
 
-        A sliding window or a recurrent state does not outlive padding in the middle of a row, and flash attention
-        takes such padding for the row's start.
+        A sliding window or a recurrent state does not outlive padding in the middle of a row; flash attention takes
+        such padding for the row's start; and where positions cannot be given, they are counted over the padding.
         """
         config = self.model.config
-        if self.is_prompt_tuned or not self.takes_positions or getattr(self.causal_lm, "_is_stateful", False):
-            return False
-        if getattr(config, "_attn_implementation", None) not in ("sdpa", "eager"):
+        if not self.takes_positions or getattr(config, "_attn_implementation", None) not in ("sdpa", "eager"):
             return False
         layers = DynamicCache(config=config).layers
         return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)

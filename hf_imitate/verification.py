@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from hf_imitate.questions import check_answer_lists
 from hf_imitate.rendering import Rendered, Renderer
 from hf_imitate.sampling import (
     GumbelSampler,
@@ -131,11 +132,8 @@ def verify_answers(
         https://huggingface.co/papers/2511.02620
     """
     check_drawing(model, temperature, first_draw, {"max_new_tokens": max_new_tokens, "batch_size": batch_size})
-    if tolerance is None:
-        tolerance = TOLERANCES.get(next(model.parameters()).dtype, TOLERANCE_IN_LOW_PRECISION)
-    if not 0 <= tolerance < math.inf:
-        raise ValueError(f"`tolerance` is {tolerance}; it must be at least 0 and finite, such as 1e-3.")
-    _check_answer_lists(questions, answers)
+    tolerance = settle_tolerance(model, tolerance)
+    check_answer_lists(questions, answers)
     prompts = renderer.prompt_ids(questions) if questions else []
     claims = [
         _Claim(ids, stream_key(seed, purpose, question, first_draw + draw), text)
@@ -159,6 +157,15 @@ def verify_answers(
         capacity_bits=math.fsum(count.capacity_bits for count in counts),
         verified=num_mismatched == 0,
     )
+
+
+def settle_tolerance(model: Any, tolerance: float | None) -> float:
+    """The tolerance asked for, or the one that suits the model's precision; `ValueError` where it is none."""
+    if tolerance is None:
+        tolerance = TOLERANCES.get(next(model.parameters()).dtype, TOLERANCE_IN_LOW_PRECISION)
+    if not 0 <= tolerance < math.inf:
+        raise ValueError(f"`tolerance` is {tolerance}; it must be at least 0 and finite, such as 1e-3.")
+    return tolerance
 
 
 def _count_mismatches(
@@ -218,24 +225,35 @@ def _draw_again(
     """Draw the answers; `None` where another text comes out."""
     prompts = [claim.prompt_ids for claim in claims]
     sampler = _FollowingSampler(claims, renderer, max(map(len, prompts)), temperature, tolerance)
-    drawn = generate_with(sampler, model, renderer, prompts, max_new_tokens)
+    drawn = generate_with(sampler, model, renderer, prompts, max_new_tokens, own_loop=True)
     return [
         _Count(len(ids), 0, sampler.bits[row]) if renderer.read(ids).text == claim.text else None
         for row, (ids, claim) in enumerate(zip(drawn, claims, strict=True))
     ]
 
 
-class _FollowingSampler(GumbelSampler):
-    """Draws as [`GumbelSampler`], but among tokens within the tolerance of the winner the best one that keeps to a
-    given text, if any does."""
+class CountingSampler(GumbelSampler):
+    """Draws as [`GumbelSampler`], and counts what rounding leaves open.
+
+    Args:
+        keys, prompt_length, temperature, end_token_ids: as of [`GumbelSampler`].
+        tolerance (`float`): nats by which two logits may be off against each other.
+
+    Attributes:
+        bits (`list[float]`): of each row, the sum over its steps of log2(tokens within the tolerance of the winner).
+    """
 
     def __init__(
-        self, claims: list[_Claim], renderer: Renderer, prompt_length: int, temperature: float, tolerance: float
+        self,
+        keys: Sequence[bytes],
+        prompt_length: int,
+        temperature: float = 1.0,
+        end_token_ids: Sequence[int] = (),
+        tolerance: float = 0.0,
     ):
-        super().__init__([claim.key for claim in claims], prompt_length, temperature, renderer.end_token_ids)
-        self.texts, self.read = [claim.text for claim in claims], renderer.read
+        super().__init__(keys, prompt_length, temperature, end_token_ids)
         self.margin = tolerance / temperature
-        self.bits = [0.0] * len(claims)
+        self.bits = [0.0] * len(self.keys)
 
     def pick(self, perturbed: Tensor, drawn_ids: Tensor) -> Tensor:
         picked = super().pick(perturbed, drawn_ids)
@@ -244,23 +262,30 @@ class _FollowingSampler(GumbelSampler):
             self.bits[row] += math.log2(num_near[number])
             if num_near[number] > 1:
                 ids = near[number].nonzero().flatten()
-                tokens = ids[perturbed[number, ids].argsort(descending=True)].tolist()
-                begun = drawn_ids[number].tolist()
-                fitting = (token for token in tokens if self._keeps_to_text(row, [*begun, token]))
-                picked[number] = next(fitting, tokens[0])
+                best_first = ids[perturbed[number, ids].argsort(descending=True)].tolist()
+                picked[number] = self.choose(row, best_first, drawn_ids[number].tolist())
         return picked
+
+    def choose(self, row: int, best_first: list[int], drawn_ids: list[int]) -> int:
+        """Of tokens within the tolerance, the one to draw after those that `row` has drawn."""
+        return best_first[0]
+
+
+class _FollowingSampler(CountingSampler):
+    """Among tokens within the tolerance of the winner, draws the best one that keeps to a given text, if any does."""
+
+    def __init__(
+        self, claims: list[_Claim], renderer: Renderer, prompt_length: int, temperature: float, tolerance: float
+    ):
+        keys = [claim.key for claim in claims]
+        super().__init__(keys, prompt_length, temperature, renderer.end_token_ids, tolerance)
+        self.texts, self.read = [claim.text for claim in claims], renderer.read
+
+    def choose(self, row: int, best_first: list[int], drawn_ids: list[int]) -> int:
+        fitting = (token for token in best_first if self._keeps_to_text(row, [*drawn_ids, token]))
+        return next(fitting, best_first[0])
 
     def _keeps_to_text(self, row: int, ids: list[int]) -> bool:
         text, ended = self.read(ids)
         # A character that is not whole yet reads as U+FFFD.
         return self.texts[row] == text if ended else self.texts[row].startswith(text.rstrip("\ufffd"))
-
-
-def _check_answer_lists(questions: Sequence[str | list[dict]], answers: Sequence[Sequence[str]]) -> None:
-    if isinstance(answers, str) or len(answers) != len(questions):
-        found = "one string" if isinstance(answers, str) else f"{len(answers)} lists"
-        raise ValueError(f"Give each question a list of answers: got {len(questions)} questions and {found}.")
-    for index, texts in enumerate(answers):
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            kind = "string" if isinstance(texts, str) else "list of other things than strings"
-            raise TypeError(f"answers[{index}] is a {kind}; give a list of strings, as `Imitator.answer` returns.")

@@ -97,6 +97,9 @@ class CardFacts:
             Licence identifier, if somebody chose one.
         is_adapter (`bool`, *optional*, defaults to `False`):
             Whether the repository holds a PEFT adapter rather than full weights.
+        thinks_first (`bool`, *optional*, defaults to `False`):
+            Whether a hidden thought comes before each answer: the quick start is then `Imitator`, since plain loading
+            gives the weights but not the law.
         has_distinguisher (`bool`, *optional*, defaults to `False`):
             Whether `distinguisher/` lies beside the imitator.
         check_names (`tuple[str, ...]`, *optional*):
@@ -126,6 +129,7 @@ class CardFacts:
     tags: tuple[str, ...] = ()
     license: str | None = None
     is_adapter: bool = False
+    thinks_first: bool = False
     has_distinguisher: bool = False
     check_names: tuple[str, ...] = ()
     limits: tuple[str, ...] = ()

@@ -27,6 +27,7 @@ IGNORED_FILES = (
     "*.pt",
     "*.pth",
     "*.pkl",
+    "audit/cache/*",  # sampled answers
     "audit/scores.parquet",  # one row per question: never public unless somebody asks for it
 )
 """Patterns of files a push leaves behind (`fnmatch` on the path inside the folder; `*` also matches `/`)."""

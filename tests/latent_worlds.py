@@ -144,6 +144,15 @@ def reference_log_joint(model: Any, prompt_ids: list[int], answer_ids: list[int]
     return torch.stack(totals)
 
 
+def relative_variance(
+    model: Any, law: Any, log_q: torch.Tensor, prompt_ids: list[int], answer_ids: list[int]
+) -> float:
+    """Variance of one weight over p squared, under a proposal with `log_q` of every thought; exact."""
+    with torch.no_grad():
+        joint = log_joint(model, law, prompt_ids, answer_ids)
+    return ((2 * joint - log_q).exp().sum() / joint.exp().sum() ** 2 - 1).item()
+
+
 def log_q_of_all(trainer: Any, row: Any) -> torch.Tensor:
     """log q(thought | question, answer) of every thought. [259], fp64."""
     thinkers = trainer.thinkers
@@ -154,11 +163,13 @@ def log_q_of_all(trainer: Any, row: Any) -> torch.Tensor:
 
 def kl_to_posterior(trainer: Any) -> float:
     """Mean KL(posterior || q) over the training rows, nats, exact."""
-    total = 0.0
-    for stored in trainer.train_dataset:
-        row = Rendered(stored["prompt_ids"], stored["answer_ids"], stored["ended"])
-        with torch.no_grad():
-            joint = log_joint(trainer.model, trainer.thinkers.law, row.prompt_ids, row.answer_ids)
-        posterior = torch.log_softmax(joint, dim=0)
-        total += (posterior.exp() * (posterior - log_q_of_all(trainer, row))).sum().item()
-    return total / len(trainer.train_dataset)
+    rows = [Rendered(one["prompt_ids"], one["answer_ids"], one["ended"]) for one in trainer.train_dataset]
+    return sum(kl_of_row(trainer, row) for row in rows) / len(rows)
+
+
+def kl_of_row(trainer: Any, row: Rendered) -> float:
+    """KL(posterior || q) behind one answer, nats, exact."""
+    with torch.no_grad():
+        joint = log_joint(trainer.model, trainer.thinkers.law, row.prompt_ids, row.answer_ids)
+    posterior = torch.log_softmax(joint, dim=0)
+    return (posterior.exp() * (posterior - log_q_of_all(trainer, row))).sum().item()

@@ -13,7 +13,8 @@ FOLDERS = ("hf_imitate", "trainers", "hub_cards")
 
 MATH = {"log_probs", "estimators", "losses", "bounds"}
 MATH |= {"weight_diagnostics", "retrodictive_bounds", "population_bounds", "defensive_bounds", "thought_search"}
-SHELL = {"cli", "demo", "demo_report"}
+MATH |= {"cluster_intervals", "deviation_bounds", "e_values", "steganography_theory", "residual"}
+SHELL = {"cli", "train_cli", "audit_cli", "cli_data", "demo", "demo_report", "demo_thinking"}
 MAX_LINES = 400
 
 _MATH_LIBRARIES = {"torch", "numpy", "scipy"}
@@ -98,7 +99,7 @@ def layer_of(module: str) -> str:
     if parts[0] in ("trainers", "hub_cards"):
         return parts[0]
     if parts[0] == "audits":
-        return "report" if parts[1:] == ["report"] else "audits"
+        return "report" if parts[1:] in (["report"], ["report_text"]) else "audits"
     if parts[0] in MATH:
         return "math"
     return "shell" if parts[0] in SHELL else "core"

@@ -15,10 +15,10 @@ from hf_imitate.counting import (
     BrokenCounterError,
     CountingError,
     count,
-    log_of_ratio,
     log_prob_of_answer,
     log_probs_of_answers,
 )
+from hf_imitate.retrodictive_bounds import log_of_ratio
 
 _EXTRA = "needs the solvers of `pip install 'hf-imitate[counting]'`"
 

@@ -1,9 +1,11 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from hf_imitate.audits.figures import plot_frontier
+from hf_imitate.audits.figures import plot_e_values, plot_frontier, plot_losses, plot_paired_accuracies
+from hf_imitate.audits.report import Finding
 
 ROWS = [
     {
@@ -55,3 +57,33 @@ def test_incomplete_rows_are_refused_by_key():
 def test_importing_figures_does_not_import_matplotlib():
     program = "import sys, hf_imitate.audits.figures; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def ink(path):
+    """How many pixels are not white."""
+    from matplotlib.image import imread
+
+    return int((imread(path)[..., :3] < 0.9).any(axis=-1).sum())
+
+
+def test_an_audits_figures_show_what_they_are_given(tmp_path):
+    one = Finding("paired_accuracy/ngram", 0.6, "probability", (0.55, 0.65), 0.95, 100)
+    null = Finding("null_control/ngram", 0.5, "probability", (0.45, 0.55), 0.95, 100)
+    silent = Finding("paired_accuracy/lora", None, "probability", detail="failed")
+    with_null = plot_paired_accuracies([one, null, silent], tmp_path / "a.png")
+    assert ink(with_null) > ink(plot_paired_accuracies([one, silent], tmp_path / "b.png"))
+    rising = plot_e_values({"ngram": np.linspace(0, 9, 50)}, tmp_path / "c.png")
+    two = plot_e_values({"ngram": np.linspace(0, 9, 50), "surface": np.linspace(0, -3, 50)}, tmp_path / "d.png")
+    assert ink(two) > ink(rising) > 1000
+    nats = np.array([3.0, 4.0, np.inf])
+    assert ink(plot_losses(nats, nats[:2] * 2, tmp_path / "e.png")) > 1000
+
+
+def test_figures_without_anything_to_show_say_so(tmp_path):
+    with pytest.raises(ValueError, match="No judge was measured"):
+        plot_paired_accuracies([], tmp_path / "a.png")
+    with pytest.raises(ValueError, match="No judge was measured"):
+        plot_e_values({}, tmp_path / "a.png")
+    with pytest.raises(ValueError, match="the imitator's own is finite"):
+        plot_losses(np.ones(3), np.full(3, np.inf), tmp_path / "a.png")
+    assert not list(tmp_path.iterdir())

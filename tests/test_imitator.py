@@ -229,6 +229,40 @@ def test_checks_add_their_weights_whatever_their_order(imitator):
         torch.testing.assert_close(added, torch.tensor([1.0 + 4.0, -1.0, -1.0 - 4.0]))
 
 
+def test_a_loaded_imitator_resamples_by_its_own_distinguisher_and_checks(imitator):
+    law = {"resample": 3, "checks": [is_wanted, is_short], "wanted": ["r", None, "list"]}
+    plain = imitator.answer(QUESTIONS, num_answers=6, seed=5)
+
+    answers = imitator.answer(QUESTIONS, num_answers=6, seed=5, **law)
+
+    assert answers != plain
+    assert imitator.verify(QUESTIONS, answers, seed=5, **law).verified
+    assert not imitator.verify(QUESTIONS, plain, seed=5, **law).verified
+    estimated = imitator.log_prob(QUESTIONS, ["r", "b", "c"], **law)
+    assert (estimated.lower_bound < estimated.nats).all()
+    # Scoring switched adapters on the shared base, and back.
+    assert imitator.answer(QUESTIONS, num_answers=6, seed=5) == plain
+
+
+def test_conversations_are_resampled_through_their_template(tiny_chat_model_dir):
+    seen = []
+
+    def is_short(prompts, completions, completion_ids=None, **columns):
+        seen.extend(completions)
+        return [len(completion[0]["content"]) < 5 for completion in completions]
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_chat_model_dir, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_chat_model_dir)
+    distinguisher = Distinguisher.from_causal_lm(model, tokenizer, checks=[is_short])
+    imitator = Imitator(model, tokenizer, distinguisher=distinguisher, max_new_tokens=4)
+
+    answers = imitator.answer(CHAT, resample=3, checks=[is_short])
+
+    assert {completion[0]["role"] for completion in seen} == {"assistant"}
+    assert imitator.verify(CHAT, answers, resample=3, checks=[is_short]).verified
+    assert imitator.log_prob(CHAT, ["a", "b", "c"], resample=2, checks=[is_short]).nats.isfinite().all()
+
+
 def test_conversational_checks_see_messages(saved, tiny_chat_model_dir):
     seen = []
 

@@ -232,6 +232,18 @@ def test_cards_need_no_torch():
     assert run.stdout.strip() == "False"
 
 
+def test_an_imitator_that_thinks_first_is_loaded_as_one_before_plain_loading_is_shown():
+    plain, thinker = (render_card(facts(thinks_first=thinks)) for thinks in (False, True))
+    assert "from hf_imitate import Imitator" in code_blocks(thinker)[0]
+    assert [block.split()[1] for block in code_blocks(plain)] == ["transformers", "peft", "hf_imitate"]
+    assert [block.split()[1] for block in code_blocks(thinker)] == ["hf_imitate", "peft"]
+    assert set(code_blocks(thinker)) < set(code_blocks(plain))
+    before, _, after = thinker.text.partition("```python\nfrom peft")
+    assert "Plain loading gives the weights but not the law" in before
+    assert "Plain loading" not in plain.text
+    assert after.partition("## How")[2] == plain.text.partition("## How")[2]
+
+
 @pytest.fixture(scope="module")
 def adapter_dir(tiny_model_dir, tmp_path_factory) -> Path:
     from peft import LoraConfig, get_peft_model

@@ -41,6 +41,8 @@ LEFT_BEHIND = [
     "adversarial_state.safetensors",
     "adversarial_state/replay.json",
     "audit/scores.parquet",
+    "audit/cache/answers.parquet",
+    "audit/cache/0123abcd/evidence.json",
     "ref/adapter_model.safetensors",
     "runs/events.out.tfevents.1",
     "logs/log.txt",

@@ -373,7 +373,17 @@ def test_counts_too_large_for_a_float_are_no_problem():
 
 
 def test_no_model_means_probability_zero():
-    assert counting_interval(0, 16) == (-math.inf, -math.inf)
+    assert counting_interval(0, 16) == counting_interval(0, 16, 0.8) == (-math.inf, -math.inf)
+
+
+def test_an_approximate_count_above_all_outcomes_counts_as_all_of_them():
+    """The true count is at most 16, and at least 20 / 1.8: so log p is between log(16 / 1.8 / 16) and 0."""
+    assert counting_interval(20, 16, 0.8) == counting_interval(16, 16, 0.8) == (-math.log(1.8), 0.0)
+
+
+def test_an_interval_at_one_of_many_outcomes_keeps_the_difference_of_the_integers():
+    """The difference of the logarithms of these would be 0: they are equal as floats."""
+    assert counting_interval(2**100 - 1, 2**100).high == pytest.approx(-(2.0**-100), rel=1e-12)
 
 
 @pytest.mark.parametrize("arguments", [(-1, 4), (5, 4), (1, 0), (1, 4, -0.1)])

@@ -15,6 +15,10 @@ from transformers import (
     GPT2LMHeadModel,
     MambaConfig,
     MambaForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
 )
 
 from hf_imitate import scoring
@@ -282,6 +286,16 @@ def test_a_shared_question_is_read_once_however_many_answers_it_has(model):
     assert all(length <= 6 for _, length in read[1:])
 
 
+def test_no_more_questions_are_read_together_than_answers_fit_a_batch(model):
+    rows = answers_to_shared_questions(model.config.vocab_size, [(40, 2)] * 7, num_answers=2)
+
+    scores, read = tokens_read(model, rows, batch_size=4)
+
+    torch.testing.assert_close(scores, one_by_one(model, rows), atol=1e-4, rtol=0)
+    assert sorted(batch for batch, length in read if length == 39) == [1, 2, 2, 2]
+    assert max(batch for batch, _ in read) <= 4
+
+
 def test_a_large_cache_is_split_into_smaller_batches(model, monkeypatch):
     rows = answers_to_shared_questions(model.config.vocab_size)
     expected, read = tokens_read(model, rows)
@@ -311,7 +325,33 @@ def tiny_mamba():
     return MambaForCausalLM(config).eval()
 
 
-@pytest.mark.parametrize("make", [tiny_gemma2, tiny_mamba], ids=["sliding window", "recurrent state"])
+def tiny_recurrent_gemma():
+    torch.manual_seed(0)
+    config = RecurrentGemmaConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        lru_width=16,
+        attention_window_size=4,
+        pad_token_id=PAD,
+        eos_token_id=END,
+        bos_token_id=None,
+    )
+    return RecurrentGemmaForCausalLM(config).eval()
+
+
+def tiny_mpt():
+    torch.manual_seed(0)
+    return MptForCausalLM(MptConfig(vocab_size=VOCAB, d_model=16, n_heads=2, n_layers=2, max_seq_len=64)).eval()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [tiny_gemma2, tiny_mamba, tiny_recurrent_gemma, tiny_mpt],
+    ids=["sliding window", "recurrent state", "both", "distances counted over padding"],
+)
 def test_a_model_without_a_standard_cache_reads_whole_rows(make):
     model, rows = make(), answers_to_shared_questions(VOCAB)
 

@@ -13,6 +13,7 @@ from trl.trainer.utils import RepeatSampler
 
 from hf_imitate.trainers.adversarial_saving import AdversarialSaving
 from hf_imitate.trainers.adversarial_trainer import AdversarialTrainer
+from hf_imitate.trainers.imitator_saving import ImitatorSaving
 
 # Every method of TRL's or transformers' that we override, and who defined it.
 OVERRIDES = {
@@ -46,7 +47,7 @@ ATTRIBUTES = (
 
 def own_methods():
     found = {}
-    for kind in (AdversarialTrainer, AdversarialSaving):
+    for kind in (ImitatorSaving, AdversarialSaving, AdversarialTrainer):
         found |= {name: value for name, value in vars(kind).items() if inspect.isfunction(value)}
     return found
 

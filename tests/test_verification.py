@@ -373,3 +373,23 @@ def test_answers_in_another_form_are_named_without_their_text(model, renderer, a
         verify_answers(model, renderer, ["a", "b"], answers, **SETTINGS)
 
     assert "secret" not in str(raised.value)
+
+
+class _RepeatsItself(Qwen3ForCausalLM):
+    """Its own `generate` says what it said before, whoever asks: it hides a message and repeats it."""
+
+    def generate(self, input_ids, **kwargs):
+        hidden = torch.tensor([[2, 3, 2, END]]).expand(len(input_ids), -1)
+        return torch.cat([input_ids, hidden], dim=1)
+
+
+def test_a_model_cannot_vouch_for_itself_by_its_own_generate(model, renderer):
+    """Re-execution asks a model for scores alone; its own loop would say yes to anything it said."""
+    dishonest = _RepeatsItself(model.config).eval()
+    dishonest.load_state_dict(model.state_dict())
+    said = texts_of(draw_answers(dishonest, renderer, QUESTIONS, num_answers=2, **SETTINGS))
+    assert said == [["a b a"] * 2] * len(QUESTIONS)
+    found = verify_answers(dishonest, renderer, QUESTIONS, said, **SETTINGS)
+    assert found.num_mismatched >= 7
+    honest = texts_of(draw_answers(model, renderer, QUESTIONS, num_answers=2, **SETTINGS))
+    assert verify_answers(dishonest, renderer, QUESTIONS, honest, **SETTINGS).verified

@@ -7,13 +7,28 @@ from typing import TYPE_CHECKING
 _LAZY = {
     "AdversarialConfig": "hf_imitate.trainers.adversarial_config",
     "AdversarialTrainer": "hf_imitate.trainers.adversarial_trainer",
+    "LatentRetrodictiveConfig": "hf_imitate.trainers.latent_retrodictive_config",
+    "LatentRetrodictiveTrainer": "hf_imitate.trainers.latent_retrodictive_trainer",
+    "RetrodictiveConfig": "hf_imitate.trainers.retrodictive_config",
+    "RetrodictiveTrainer": "hf_imitate.trainers.retrodictive_trainer",
 }
 
 if TYPE_CHECKING:
     from hf_imitate.trainers.adversarial_config import AdversarialConfig
     from hf_imitate.trainers.adversarial_trainer import AdversarialTrainer
+    from hf_imitate.trainers.latent_retrodictive_config import LatentRetrodictiveConfig
+    from hf_imitate.trainers.latent_retrodictive_trainer import LatentRetrodictiveTrainer
+    from hf_imitate.trainers.retrodictive_config import RetrodictiveConfig
+    from hf_imitate.trainers.retrodictive_trainer import RetrodictiveTrainer
 
-__all__ = ["AdversarialConfig", "AdversarialTrainer"]
+__all__ = [
+    "AdversarialConfig",
+    "AdversarialTrainer",
+    "LatentRetrodictiveConfig",
+    "LatentRetrodictiveTrainer",
+    "RetrodictiveConfig",
+    "RetrodictiveTrainer",
+]
 
 
 def __getattr__(name: str) -> object:

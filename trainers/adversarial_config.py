@@ -7,6 +7,7 @@ from transformers.training_args import HubStrategy
 from trl import GRPOConfig
 
 from hf_imitate.losses import DISTINGUISHER_LOSSES, IMITATOR_REWARDS
+from hf_imitate.trainers.warmup_setting import steps_or_auto
 
 TRUNCATED_ANSWERS = ("score", "drop", "penalty")
 BITS = ("/bits_per_answer", "/bits_per_byte")
@@ -133,8 +134,8 @@ class AdversarialConfig(GRPOConfig):
             self.metric_for_best_model, self.greater_is_better = LOWEST_BITS, False
         if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(BITS):
             self.greater_is_better = False  # transformers takes all but losses for scores
-        self.imitator_warmup_steps = _steps("imitator_warmup_steps", self.imitator_warmup_steps)
-        self.distinguisher_warmup_steps = _steps("distinguisher_warmup_steps", self.distinguisher_warmup_steps)
+        self.imitator_warmup_steps = steps_or_auto("imitator_warmup_steps", self.imitator_warmup_steps)
+        self.distinguisher_warmup_steps = steps_or_auto("distinguisher_warmup_steps", self.distinguisher_warmup_steps)
         self._check_choices()
         self._check_combinations()
         self._check_ranges()
@@ -272,16 +273,3 @@ class AdversarialConfig(GRPOConfig):
         for name, (value, why_and_cure) in plain.items():
             if getattr(self, name) != value:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}, which {why_and_cure}.")
-
-
-def _steps(name: str, value: int | str) -> int | str:
-    """A number of steps, from a command line too, or "auto"."""
-    if value == "auto":
-        return value
-    try:
-        number = int(value)
-    except (TypeError, ValueError):
-        number = -1
-    if number < 0 or (isinstance(value, float) and value != number):
-        raise ValueError(f"`{name}` is {value!r}; need 'auto' or a whole number of steps, 0 to skip.")
-    return number

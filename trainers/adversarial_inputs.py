@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 from hf_imitate.checks import Check, check_outcomes
 from hf_imitate.distinguisher import ADAPTER_NAME
 from hf_imitate.human_rows import ROW_COLUMN, HumanRows, question_lengths
-from hf_imitate.rendering import Renderer, canonical_text, next_speaker
-from hf_imitate.rows import check_columns, last_roles
+from hf_imitate.rendering import Renderer, canonical_text
+from hf_imitate.rows import check_columns
 from hf_imitate.trainers.adversarial_config import LOWEST_BITS, AdversarialConfig
+from hf_imitate.trainers.roles import check_roles, completion_role
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def check_data(train_dataset: Any, eval_dataset: Any, args: AdversarialConfig) -
     """
     num_labelled = check_columns(train_dataset, allow_unlabelled=args.allow_unlabelled)
     _check_names(train_dataset, "train_dataset")
-    role = _completion_role(train_dataset)
+    role = completion_role(train_dataset)
     check_evaluation(eval_dataset, role)
     if round(args.heldout_fraction * num_labelled) == num_labelled:
         raise ValueError(
@@ -72,7 +73,7 @@ def check_evaluation(eval_dataset: Any, role: str) -> None:
     for name, dataset in named_sets(None, eval_dataset).items():
         check_columns(dataset, allow_unlabelled=True, name=name)
         _check_names(dataset, name)
-        _check_roles(dataset, name, role)
+        check_roles(dataset, name, role)
 
 
 def named_sets(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
@@ -104,35 +105,6 @@ def _check_names(dataset: Dataset, name: str) -> None:
             f"`{name}` has columns that are reserved for the trainer: {taken}. Rename them with "
             "`dataset.rename_column(old, new)`."
         )
-
-
-def _completion_role(dataset: Dataset) -> str:
-    roles = {role for role in last_roles(dataset, "completion") if role is not None}
-    if len(roles) > 1:
-        _check_roles(dataset, "train_dataset", "alternating")
-        return "alternating"
-    return roles.pop() if roles else "assistant"
-
-
-def _check_roles(dataset: Dataset, name: str, role: str) -> None:
-    """Every answer has to be of the role whose turn is opened for it, which the question alone decides."""
-    found = last_roles(dataset, "completion")
-    asked = last_roles(dataset, "prompt") if role == "alternating" else ()
-    due = [next_speaker([{"role": last}]) for last in asked] or [role] * len(found)
-    rows = [i for i, (own, other) in enumerate(zip(found, due, strict=True)) if own not in (None, other)]
-    if not rows:
-        return
-    needed = (
-        "The answers to `train_dataset` are of both roles, so the question has to tell whose turn it is: the user's "
-        "after an assistant's or a system's message, else the assistant's."
-        if role == "alternating"
-        else f"All answers in `train_dataset` have the role '{role}', so that turn is opened after every question."
-    )
-    raise ValueError(
-        f"`{name}` column `completion`: {len(rows)} of {len(found)} rows (row {str(rows[:5])[1:-1]}) have a role "
-        f"whose turn is not opened. {needed} Train one imitator for each role: "
-        '`dataset.filter(lambda row: row["completion"][0]["role"] == "user")`.'
-    )
 
 
 def try_checks(checks: Sequence[Check], dataset: Dataset) -> None:

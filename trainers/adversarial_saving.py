@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import logging
-import os
-from concurrent.futures import ThreadPoolExecutor, wait
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,15 +10,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import GenerationConfig
-from transformers.training_args import HubStrategy
-from transformers.utils import PushInProgress
 
 from hf_imitate import __version__
 from hf_imitate.distinguisher import ADAPTER_NAME
-from hf_imitate.hub_cards.facts import CardFacts, CardMetric, Paper
-from hf_imitate.hub_cards.model_card import render_card
-from hf_imitate.hub_cards.push import push_folder
+from hf_imitate.hub_cards.facts import CardFacts, CardMetric
 from hf_imitate.trainers.adversarial_config import AdversarialConfig
 from hf_imitate.trainers.checkpoints import (
     STATE,
@@ -29,13 +24,12 @@ from hf_imitate.trainers.checkpoints import (
     check_resumable,
     checkpoint_to_resume,
     data_digest,
-    withdraw,
 )
+from hf_imitate.trainers.imitator_saving import LIBRARIES, ImitatorSaving
 from hf_imitate.trainers.phases import Phases
 
 logger = logging.getLogger(__name__)
 
-LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 _NO_SETTINGS = ("hub_private_repo", "gradient_checkpointing", "activation_checkpointing")  # of a machine or a push
 OWN_SETTINGS = (
     *(
@@ -54,12 +48,10 @@ FIXED_SETTINGS = (
 )
 
 
-class AdversarialSaving:
+class AdversarialSaving(ImitatorSaving):
     """The half of [`AdversarialTrainer`] that writes and reads files; see there for the algorithm."""
 
     def __init__(self, *args, **kwargs):
-        self._pushes = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push")
-        self._step_of_weights: int | None = None  # of the best checkpoint, once it was loaded
         self._unlogged: dict[str, Any] | None = None  # of a checkpoint between two logs
         self._digest: str | None = None
         super().__init__(*args, **kwargs)
@@ -72,21 +64,24 @@ class AdversarialSaving:
             FileNotFoundError, ValueError: there is nothing to resume from, a file is missing or cut off, or it is of
                 another run; the message names the file or the setting.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(checkpoint_to_resume(self.args.output_dir))
-        if resume_from_checkpoint:
-            check_resumable(resume_from_checkpoint, self.accelerator.process_index, self._run_facts())
-        self._step_of_weights = self._unlogged = None
+        self._unlogged = None
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """As in transformers, which takes a step before it asks whether the one before was the last: none where it
-        was, so that a run taken up at its last checkpoint has nothing left to do."""
-        if self.state.global_step < self.state.max_steps:
-            return super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.control.should_training_stop = True
-        self.control.should_log = self.control.should_evaluate = self.control.should_save = False
-        return [], None
+    def checkpoint_to_resume(self) -> Path:
+        """The newest checkpoint that holds the whole game.
+
+        Raises:
+            ValueError: there is none.
+        """
+        return checkpoint_to_resume(self.args.output_dir)
+
+    def check_checkpoint(self, checkpoint: str) -> None:
+        """Check that the game can be taken up, before anything is loaded.
+
+        Raises:
+            FileNotFoundError, ValueError: as [`~hf_imitate.trainers.checkpoints.check_resumable`].
+        """
+        check_resumable(checkpoint, self.accelerator.process_index, self._run_facts())
 
     def _run_facts(self) -> dict[str, Any]:
         """What a run has to share with the one whose checkpoint it takes up, as JSON gives it back."""
@@ -105,30 +100,14 @@ class AdversarialSaving:
 
     # --- the imitator's repo
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the imitator as it is published: its weights, its law, its distinguisher and how it was made."""
-        folder = Path(output_dir or self.args.output_dir)
-        if _internal_call and withdraw(folder, self.accelerator.process_index):
-            self.accelerator.wait_for_everyone()
-        self._name_base_revisions()
-        super().save_model(str(folder), _internal_call=True)
-        if self.args.should_save:
-            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and full of local paths
-            own_tokenizer = self.distinguisher.tokenizer is not self._tokenizer
-            self.distinguisher.save_pretrained(folder / "distinguisher", with_tokenizer=own_tokenizer)
-            self.trained_law().save_pretrained(str(folder))
-            text = json.dumps(self.imitation_facts(), indent=2, ensure_ascii=False)
-            (folder / "imitation.json").write_text(text + "\n", encoding="utf-8")
-            self._write_card(folder)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save")
+    def save_beside(self, folder: Path) -> None:
+        """Save the distinguisher."""
+        own_tokenizer = self.distinguisher.tokenizer is not self._tokenizer
+        self.distinguisher.save_pretrained(folder / "distinguisher", with_tokenizer=own_tokenizer)
 
-    def _name_base_revisions(self) -> None:
-        """Tie the adapters to the very commit of the base they were trained on, where it is known."""
-        for model in (self.model, self.distinguisher.model):
-            commit = getattr(model.config, "_commit_hash", None)
-            for config in model.peft_config.values() if commit and isinstance(model, PeftModel) else ():
-                config.revision = commit
+    def published_models(self) -> tuple[nn.Module, ...]:
+        """The imitator and its distinguisher."""
+        return self.model, self.distinguisher.model
 
     def trained_law(self) -> GenerationConfig:
         """The generation settings whose law was trained: temperature 1, nothing cut but the length."""
@@ -145,15 +124,11 @@ class AdversarialSaving:
 
     def imitation_facts(self) -> dict[str, Any]:
         """How to rebuild the imitator, without a row of the data."""
-        name = self.model.config._name_or_path
         rows = self.likelihood.rows
         return {
             "version": 1,
             "objective": "adversarial",
-            # Of a local base the last part only: the rest is nobody's business.
-            "base_model": Path(name).name if os.path.isdir(name) else name,
-            "base_is_local": os.path.isdir(name),
-            "base_revision": getattr(self.model.config, "_commit_hash", None),
+            **self.base_facts(),
             "dataset": {
                 "num_rows": len(self.train_dataset),
                 "num_labelled": len(rows.rows),
@@ -171,10 +146,7 @@ class AdversarialSaving:
 
     def card_facts(self, model_name: str | None = None, dataset_name: str | None = None) -> CardFacts:
         """What this run can truthfully say about itself."""
-        facts = self.imitation_facts()
-        newest = self.state.global_step if self._step_of_weights is None else self._step_of_weights
-        entries = [entry for entry in self.state.log_history if entry.get("step", 0) <= newest]
-        last = {key: value for entry in entries for key, value in entry.items()}
+        last = self.last_measured()
         units = {
             "eval_retrodiction/bits_per_answer": "bits",
             "eval_retrodiction/bits_per_byte": "bits",
@@ -183,93 +155,16 @@ class AdversarialSaving:
             "eval_answers/length_ratio": "ratio",
         }
         return CardFacts(
-            model_name=model_name or Path(self.args.output_dir).name,
-            objective=self._name,
-            repo_id=self.hub_model_id,
-            base_model=self.model.config._name_or_path or None,
-            base_revision=facts["base_revision"],
-            papers=(Paper(**self._paper),),
-            dataset_name=dataset_name,
-            num_rows=facts["dataset"]["num_rows"],
-            num_labelled=facts["dataset"]["num_labelled"],
+            **self.run_card_facts(model_name, dataset_name),
             is_conversational=not isinstance(self.train_dataset[0]["prompt"], str),
-            settings=facts["settings"],
             metrics={name: CardMetric(last[name], unit) for name, unit in units.items() if name in last},
-            versions=facts["versions"],
-            is_adapter=isinstance(self.model, PeftModel),
             has_distinguisher=True,
             check_names=self.distinguisher.check_names,
             limits=(
                 "The distinguisher of training is not an audit: what it cannot see, nobody has looked for.",
                 "Numbers measured while training come from the distinguisher the imitator was trained against.",
             ),
-            generation={k: v for k, v in self.trained_law().to_diff_dict().items() if k != "transformers_version"},
         )
-
-    def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None) -> None:
-        """Write README.md: the card of what this run measured."""
-        if self.is_world_process_zero():
-            self._write_card(Path(self.args.output_dir), model_name, dataset_name, tags)
-
-    def _write_card(self, folder: Path, model_name=None, dataset_name=None, tags=None) -> None:
-        facts = self.card_facts(model_name, dataset_name)
-        tags = [tags] if isinstance(tags, str) else list(tags or [])
-        facts = dataclasses.replace(facts, tags=tuple(dict.fromkeys([*self._tag_names, *tags])))
-        render_card(facts).save(str(folder / "README.md"))
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs,
-    ):
-        """Push the imitator in one commit, private unless asked otherwise; what only training needs stays here."""
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        token = token or self.args.hub_token
-        private = self.args.hub_private_repo if private is None else private
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        kwargs.setdefault("model_name", (self.hub_model_id or self.args.output_dir).split("/")[-1])
-        self.create_model_card(**kwargs)
-        self._finish_current_push()
-        return push_folder(
-            self.args.output_dir,
-            self.hub_model_id,
-            private=private is not False,
-            token=token,
-            revision=revision or self.args.hub_revision,
-            commit_message=commit_message or "End of training",
-            run_as_future=not blocking,
-        )
-
-    def _push_from_checkpoint(self, checkpoint_folder):
-        # A checkpoint holds the whole repo already; TRL's own would copy the imitator's files alone, and push the rest
-        # of the output folder stale.
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
-            return
-        if not self.args.hub_always_push and self.push_in_progress is not None and not self.push_in_progress.is_done():
-            return
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        # All of it in the background: a network that is away for a moment must not end a run.
-        push = self._pushes.submit(
-            _push_or_warn,
-            checkpoint_folder,
-            self.hub_model_id,
-            private=self.args.hub_private_repo is not False,
-            token=self.args.hub_token,
-            revision=self.args.hub_revision,
-            commit_message=f"Training in progress, step {self.state.global_step}",
-        )
-        if self.args.save_total_limit is not None:
-            wait([push])  # before the folder is deleted to make room
-        earlier = self.push_in_progress.jobs if self.push_in_progress is not None else []
-        self.push_in_progress = PushInProgress([*(job for job in earlier if not job.done()), push])
 
     # --- the state of a run
 
@@ -361,7 +256,6 @@ class AdversarialSaving:
 
     def _load_best_model(self):
         super()._load_best_model()
-        self._step_of_weights = self.state.best_global_step
         path = self._state_path(self.state.best_model_checkpoint).with_suffix(".safetensors")
         if path.exists():
             self._load_distinguisher(load_file(path))
@@ -388,10 +282,3 @@ def _buffered(tensors: dict[str, torch.Tensor], index: int, device: torch.device
     return {
         name.removeprefix(prefix): tensor.to(device) for name, tensor in tensors.items() if name.startswith(prefix)
     }
-
-
-def _push_or_warn(*args: Any, **kwargs: Any) -> None:
-    try:
-        push_folder(*args, **kwargs)
-    except Exception as error:
-        logger.warning("A push in the background failed (%s: %s). Training goes on.", type(error).__name__, error)

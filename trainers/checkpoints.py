@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def damage(checkpoint: str | Path) -> str | None:
     if state.exists() or any(folder.glob("optimizer*")):  # else it holds weights alone, and says so when resumed
         files += [state, folder / "scheduler.pt", *sorted(folder.glob("optimizer*.pt"))]
         processes = [0]
-        if state.exists() and _is_whole(state):
+        if state.exists() and is_whole(state):
             processes = json.loads(state.read_text(encoding="utf-8"))["processes"]
             files += (
                 [] if any((*folder.glob("optimizer*"), *folder.glob("global_step*"))) else [folder / "optimizer.pt"]
@@ -67,7 +67,7 @@ def damage(checkpoint: str | Path) -> str | None:
     for file in files:
         if not file.is_file():
             return f"{file.relative_to(folder)} is missing"
-        if not _is_whole(file):
+        if not is_whole(file):
             return f"{file.relative_to(folder)} is cut off"
     return None
 
@@ -85,8 +85,12 @@ def withdraw(folder: Path, process: int) -> bool:
     return True
 
 
-def checkpoint_to_resume(output_dir: str | Path) -> Path:
+def checkpoint_to_resume(output_dir: str | Path, damage: Callable[[Path], str | None] = damage) -> Path:
     """The newest complete checkpoint; the log names those passed over.
+
+    Args:
+        output_dir (`str` or `Path`): the run's folder.
+        damage (`Callable`, defaults to [`damage`]): what a checkpoint of this kind of run lacks; `None` for nothing.
 
     Raises:
         ValueError: there is none.
@@ -166,7 +170,8 @@ class TakeUpTheLog(TrainerCallback):
             self.trainer._globalstep_last_logged = unlogged["last_log"]
 
 
-def _is_whole(file: Path) -> bool:
+def is_whole(file: Path) -> bool:
+    """Whether a file that is there, of tensors or of JSON, was written to its end."""
     if file.suffix == ".safetensors":
         return _is_whole_safetensors(file)
     if file.suffix in (".pt", ".pth"):

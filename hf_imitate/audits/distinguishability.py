@@ -5,7 +5,7 @@ A null result speaks of the judge, not of the imitator: it says that *this* judg
 
 import dataclasses
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,16 +15,14 @@ from sklearn.linear_model import LogisticRegression
 
 from hf_imitate.audits.judges import Judge, Scorer
 from hf_imitate.audits.report import Finding
+from hf_imitate.audits.splits import Split, check_pairs, split_pairs
 from hf_imitate.bounds import Interval, clopper_pearson
 from hf_imitate.pairs import Pair
 from hf_imitate.rendering import Answer
 from hf_imitate.rows import question_key
 
-MIN_PAIRS = 40
 # A judge's probability is kept in [c, 1 - c]: one confident mistake costs at most log2(1/c), about 10 bits.
 SMALLEST_PROBABILITY = 0.001
-# A question or answer that holds more than this share of the pairs is a stock phrase of the law, not a copied row.
-LARGEST_GROUP = 0.05
 
 
 class Judgement(NamedTuple):
@@ -51,15 +49,6 @@ class Judgement(NamedTuple):
     num_pairs: int
     num_ties: int
     findings: tuple[Finding, ...]
-
-
-class _Split(NamedTuple):
-    train: list[Pair]
-    valid: list[Pair]
-    test: list[Pair]
-    test_groups: np.ndarray  # one id per test pair
-    test_trials: np.ndarray  # one id per test pair: its question, or itself where the question is too common
-    num_straddling: int  # questions and answers too common to stand on one side
 
 
 def judge_pairs(
@@ -108,11 +97,32 @@ def judge_pairs(
         Lopez-Paz and Oquab, "Revisiting Classifier Two-Sample Tests", https://huggingface.co/papers/1610.06545
         Platt (1999) for the calibration.
     """
-    _check_pairs(pairs, test_size, valid_size, group_by)
-    split = _split_pairs(pairs, seed, test_size, valid_size, group_by, group_answers)
+    check_pairs(pairs, test_size, valid_size, group_by)
+    split = split_pairs(pairs, seed, test_size, valid_size, group_by, group_answers)
+    return judgement_of(split, score_split(split, judge, name, seed), name, confidence)
+
+
+class SplitScores(NamedTuple):
+    """A trained judge's scores: of the human's answer, [1], and of the imitator's, [K], for each pair."""
+
+    valid: list[tuple[np.ndarray, np.ndarray]]
+    test: list[tuple[np.ndarray, np.ndarray]]
+
+
+def score_split(split: Split, judge: Judge, name: str, seed: int = 0) -> SplitScores:
+    """Train a judge on a split's training pairs, and let it score the others.
+
+    Raises:
+        ValueError: scores that are not one finite number per answer.
+    """
     scorer = judge(split.train, split.valid, seed)
-    calibrate = _platt_scaling(split.valid, _score_pairs(split.valid, scorer, name))
-    scores = _score_pairs(split.test, scorer, name)
+    return SplitScores(_score_pairs(split.valid, scorer, name), _score_pairs(split.test, scorer, name))
+
+
+def judgement_of(split: Split, split_scores: SplitScores, name: str, confidence: float = 0.95) -> Judgement:
+    """What a judge's scores say, with intervals; see [`judge_pairs`]."""
+    calibrate = _platt_scaling(split.valid, split_scores.valid)
+    scores = split_scores.test
 
     weights = np.array([pair.weight for pair in split.test])
     wins = np.array([np.mean((human > imitator) + 0.5 * (human == imitator)) for human, imitator in scores])
@@ -165,123 +175,6 @@ def swap_within_pairs(pairs: Sequence[Pair], seed: int = 0) -> list[Pair]:
             pair = dataclasses.replace(pair, **changes)
         swapped.append(pair)
     return swapped
-
-
-# --- the split
-
-
-def _check_pairs(pairs: Sequence[Pair], test_size: float, valid_size: float, group_by: Sequence | None) -> None:
-    if len(pairs) < MIN_PAIRS:
-        raise ValueError(f"A judge needs at least {MIN_PAIRS} pairs to learn and be tested; got {len(pairs)}.")
-    if not (test_size > 0 and valid_size > 0 and test_size + valid_size < 1):
-        raise ValueError(
-            "`test_size` and `valid_size` are shares of the pairs and must leave some for training; "
-            f"got {test_size} and {valid_size}."
-        )
-    if group_by is not None and len(group_by) != len(pairs):
-        raise ValueError(f"`group_by` needs one value per pair; got {len(group_by)} for {len(pairs)} pairs.")
-    bare = [row for row, pair in enumerate(pairs) if not pair.imitator]
-    if bare:
-        raise ValueError(f"{len(bare)} pairs have no imitator answer (rows {bare[:5]}). Sample at least one for each.")
-    wrong = [row for row, pair in enumerate(pairs) if not 0 < pair.weight < math.inf]
-    if wrong:
-        raise ValueError(f"{len(wrong)} pairs have a weight that is not positive (rows {wrong[:5]}). Leave them out.")
-
-
-def _split_pairs(
-    pairs: Sequence[Pair],
-    seed: int,
-    test_size: float,
-    valid_size: float,
-    group_by: Sequence[Hashable] | None,
-    group_answers: bool,
-) -> _Split:
-    questions = [("question", question_key(pair.prompt)) for pair in pairs]
-    ties = _Ties(len(pairs))
-    for value, rows in _rows_by_key([[value] for value in group_by or ()]):
-        if value is not None:
-            ties.join(rows)
-    limit = max(2, LARGEST_GROUP * len(pairs))
-    common: set[Hashable] = set()
-    for question, rows in _rows_by_key([[question] for question in questions]):
-        if len(rows) > limit:
-            common.add(question)
-        else:
-            ties.join(rows)
-    if group_answers:
-        # Treating both authors alike keeps the null exact: exchanging them must not change the split.
-        texts = [{pair.human.text.strip(), pair.imitator[0].text.strip()} for pair in pairs]
-        for text, rows in _rows_by_key(texts):
-            # A chain of answers, each in two rows, must not tie most rows together: the rarest are joined first.
-            if ties.size_if_joined(rows) > limit and not ties.are_joined(rows):
-                common.add(text)
-            else:
-                ties.join(rows)
-    groups = ties.groups()
-    order = np.random.default_rng(seed).permutation(len(groups))
-    parts: dict[str, list[int]] = {"test": [], "valid": [], "train": []}
-    wanted = {"test": round(test_size * len(pairs)), "valid": max(1, round(valid_size * len(pairs)))}
-    wanted["train"] = len(pairs)
-    group_of = np.empty(len(pairs), dtype=int)
-    for group in order:
-        group_of[groups[group]] = group
-        part = next(part for part, rows in parts.items() if len(rows) + len(groups[group]) <= wanted[part])
-        parts[part] += groups[group]
-    if min(len(rows) for rows in parts.values()) < 2:
-        raise ValueError(
-            f"{len(pairs)} pairs fall into {len(groups)} groups of equal questions, answers or `group_by` values: too "
-            "few to train, validate and test on. Bring more distinct questions, or a finer `group_by`."
-        )
-    for rows in parts.values():
-        rows.sort()
-    ids: dict[Hashable, int] = {}
-    trial_of = [
-        ids.setdefault((questions[row], row) if questions[row] in common else questions[row], len(ids))
-        for row in parts["test"]
-    ]
-    train, valid, test = ([pairs[row] for row in parts[part]] for part in ("train", "valid", "test"))
-    return _Split(train, valid, test, group_of[parts["test"]], np.array(trial_of), len(common))
-
-
-def _rows_by_key(keys_of_row: Sequence[Iterable[Hashable]]) -> list[tuple[Hashable, list[int]]]:
-    """The rows that hold each key, rarest keys first."""
-    rows_of_key: dict[Hashable, list[int]] = {}
-    for row, keys in enumerate(keys_of_row):
-        for key in keys:
-            rows_of_key.setdefault(key, []).append(row)
-    return sorted(rows_of_key.items(), key=lambda item: (len(item[1]), item[1]))
-
-
-class _Ties:
-    """Union-find of rows that must stand on one side of the split."""
-
-    def __init__(self, num_rows: int):
-        self.parent, self.size = list(range(num_rows)), [1] * num_rows
-
-    def find(self, row: int) -> int:
-        while self.parent[row] != row:
-            self.parent[row] = self.parent[self.parent[row]]
-            row = self.parent[row]
-        return row
-
-    def are_joined(self, rows: list[int]) -> bool:
-        return len({self.find(row) for row in rows}) == 1
-
-    def size_if_joined(self, rows: list[int]) -> int:
-        return sum(self.size[root] for root in {self.find(row) for row in rows})
-
-    def join(self, rows: list[int]) -> None:
-        first, *others = sorted({self.find(row) for row in rows})
-        for root in others:
-            self.parent[root] = first
-            self.size[first] += self.size[root]
-
-    def groups(self) -> list[list[int]]:
-        """All rows by group, groups by first row."""
-        groups: dict[int, list[int]] = {}
-        for row in range(len(self.parent)):
-            groups.setdefault(self.find(row), []).append(row)
-        return list(groups.values())
 
 
 # --- the measurement
@@ -361,7 +254,7 @@ def _normal_interval(values: np.ndarray, weights: np.ndarray, groups: np.ndarray
     return Interval(mean - reach, mean + reach)
 
 
-def _caveats(split: _Split, num_trials: int, weights: np.ndarray) -> list[str]:
+def _caveats(split: Split, num_trials: int, weights: np.ndarray) -> list[str]:
     """Why the interval of the accuracy is not exact, if it is not."""
     caveats = []
     if np.ptp(weights) > 1e-12 * weights.max():
@@ -374,7 +267,7 @@ def _caveats(split: _Split, num_trials: int, weights: np.ndarray) -> list[str]:
     return caveats
 
 
-def _straddling(split: _Split) -> str:
+def _straddling(split: Split) -> str:
     if not split.num_straddling:
         return (
             "No question and no answer stands on both sides of the split (of several generations, the first counts)."

@@ -1,5 +1,6 @@
 """Pictures of an audit. matplotlib is optional and imported by the function that draws."""
 
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -124,3 +125,110 @@ def _say_not_measured(axes: Any, place: int) -> None:
 def _label(row: Mapping[str, Any]) -> str:
     name = textwrap.fill(str(row["name"]), 26)
     return name if row["length_ratio"] is None else f"{name}\nlength ratio {row['length_ratio']:.2f}"
+
+
+def plot_paired_accuracies(findings: Sequence[Any], path: str | Path) -> Path:
+    """Draw each judge's paired accuracy with its interval, and its null control in grey below it.
+
+    Args:
+        findings (`Sequence[Finding]`): a report's; those named `paired_accuracy/...` and `null_control/...` are drawn.
+        path (`str` or `Path`): where the picture goes.
+
+    Raises:
+        ValueError: no judge was measured.
+        ImportError: matplotlib is not installed.
+    """
+    by_name = {f.name: f for f in findings if f.value is not None and f.interval is not None}
+    judges = [name.split("/", 1)[1] for name in by_name if name.startswith("paired_accuracy/")]
+    if not judges:
+        raise ValueError("No judge was measured, so there is no accuracy to draw.")
+    figure, axes = _new_figure(7, 1.6 + 0.6 * len(judges))
+    axes.axvline(0.5, color=_GREY, linestyle="--", linewidth=1.2, label="chance")
+    kinds = (("paired_accuracy", 0.0, 0, "imitator against human"), ("null_control", 0.22, 6, "null control"))
+    for kind, height, number, label in kinds:
+        known = [
+            (place, by_name[f"{kind}/{judge}"]) for place, judge in enumerate(judges) if f"{kind}/{judge}" in by_name
+        ]
+        values = [(f.value, *f.interval) for _, f in known]
+        _draw_points(axes, [place + height for place, _ in known], values, number, label)
+    axes.set_yticks(range(len(judges)), [textwrap.fill(judge, 26) for judge in judges])
+    axes.set_ylim(len(judges) - 0.5, -0.5)
+    confidence = by_name[f"paired_accuracy/{judges[0]}"].confidence
+    axes.set_xlabel(f"how often a fresh judge picks the human's answer ({100 * confidence:g} % interval)", fontsize=9)
+    axes.legend(frameon=False, fontsize=8)
+    return _save(figure, path)
+
+
+def plot_e_values(log_e: Mapping[str, Any], path: str | Path) -> Path:
+    """Draw the evidence of each judge as it grows from question to question; above log2(20), 1 in 20 by chance.
+
+    Args:
+        log_e (`Mapping[str, np.ndarray]`): log e-value after each test question, nats, by judge.
+        path (`str` or `Path`): where the picture goes.
+
+    Raises:
+        ValueError: no judge was measured.
+        ImportError: matplotlib is not installed.
+    """
+    if not log_e:
+        raise ValueError("No judge was measured, so there is no e-value to draw.")
+    figure, axes = _new_figure(7, 3.6)
+    for number, (judge, values) in enumerate(log_e.items()):
+        bits = [0.0, *(float(value) / math.log(2) for value in values)]
+        axes.plot(range(len(bits)), bits, color=_COLOURS[number % len(_COLOURS)], label=judge)
+        style = {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKERS[number % len(_MARKERS)]}
+        axes.plot([len(bits) - 1], [bits[-1]], markersize=6, **style)
+    axes.axhline(math.log2(20), color=_GREY, linestyle="--", linewidth=1.2, label="e-value 20")
+    axes.axhline(0, color=_GREY, linewidth=0.8)
+    axes.set_xlabel("test questions seen", fontsize=9)
+    axes.set_ylabel("log2 e-value", fontsize=9)
+    axes.legend(frameon=False, fontsize=8)
+    return _save(figure, path)
+
+
+def plot_losses(human_nats: Any, imitator_nats: Any, path: str | Path) -> Path:
+    """Draw how much human answers and the imitator's own answers surprise it, sorted: equal laws, equal curves.
+
+    Args:
+        human_nats, imitator_nats (`np.ndarray`): minus log-probability of each answer, nats; infinite ones are counted
+            in the label.
+        path (`str` or `Path`): where the picture goes.
+
+    Raises:
+        ValueError: a side has no finite loss.
+        ImportError: matplotlib is not installed.
+    """
+    figure, axes = _new_figure(7, 3.6)
+    for number, (side, nats) in enumerate((("human answers", human_nats), ("the imitator's own", imitator_nats))):
+        bits = sorted(float(value) / math.log(2) for value in nats if math.isfinite(value))
+        if not bits:
+            raise ValueError(f"No loss of {side} is finite, so there is nothing to draw.")
+        infinite = len(nats) - len(bits)
+        label = f"{side}, mean {sum(bits) / len(bits):.1f}" + (f", {infinite} more are infinite" if infinite else "")
+        shares = [(place + 0.5) / len(nats) for place in range(len(bits))]
+        axes.plot(bits, shares, color=_COLOURS[number], linestyle="-" if number == 0 else "--", label=label)
+    axes.set_xlabel("bits that an answer takes under the imitator's law", fontsize=9)
+    axes.set_ylabel("share of answers with fewer", fontsize=9)
+    axes.set_ylim(0, 1)
+    axes.legend(frameon=False, fontsize=8)
+    return _save(figure, path)
+
+
+def _new_figure(width: float, height: float) -> tuple[Any, Any]:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('Figures need matplotlib: pip install "hf-imitate[plots]".') from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.grid(color="#DDDDDD", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Any, path: str | Path) -> Path:
+    figure.savefig(path, dpi=150)
+    return Path(path)

@@ -25,7 +25,7 @@ Scorer = Callable[[list, list[Answer]], np.ndarray]
 # (training pairs, validation pairs, seed) -> scorer. Both are shown with labels; the test pairs are not.
 Judge = Callable[[list[Pair], list[Pair], int], Scorer]
 
-_REGULARISATIONS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
+REGULARISATIONS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
 _WORD = re.compile(r"\w+|[^\w\s]")
 # Shown to the n-grams, so that an answer's first and last characters and its ending are features like any other.
 _START, _ENDED, _CUT = "\x02", "\x03", "\x04"
@@ -56,7 +56,7 @@ def ngram_judge(train: list[Pair], valid: list[Pair], seed: int = 0) -> Scorer:
     signs = np.where(np.arange(len(weights)) % 2 == 0, 1.0, -1.0)
     signed = sparse.csr_array(differences.multiply(signs[:, None]))
     best_loss, best = math.inf, np.zeros(len(columns))
-    for regularisation in _REGULARISATIONS:
+    for regularisation in REGULARISATIONS:
         model = LogisticRegression(C=regularisation, fit_intercept=False, max_iter=2000)
         coefficients = model.fit(signed, signs > 0, sample_weight=weights).coef_[0]
         loss = float(np.average(np.logaddexp(0, -(valid_differences @ coefficients)), weights=valid_weights))

@@ -2,7 +2,9 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 UNITS = ("probability", "bits", "nats", "e-value", "count", "ratio")
@@ -137,3 +139,239 @@ def _decode(name: str, value: Any) -> Any:
     if name == "interval" and value is not None:
         return tuple(_INFINITIES.get(end, end) if isinstance(end, str) else end for end in value)
     return _INFINITIES.get(value, value) if name == "value" and isinstance(value, str) else value
+
+
+SCHEMA = 1
+MAX_FILE_BYTES = 16 * 2**20
+MAX_FINDINGS = 20_000
+MAX_TEXT = 20_000
+# View -> the findings in it, by the part of the name before the first slash.
+VIEWS: dict[str, tuple[str, ...]] = {
+    "distinguishability": (
+        *("paired_accuracy", "e_value", "tv_lower", "judge_bits", "null_control", "power_control"),
+        "consistency",
+    ),
+    "checks": ("check_pass", "check_tv_lower"),
+    "retrodiction": (
+        *("bits_per_answer", "bits_per_byte", "mean_log_prob_lower", "outside_support", "calibration_gap"),
+        *("length_ratio", "bits_per_answer_difference"),
+    ),
+    "hidden_deviation": ("hidden_deviation",),
+    "sampler": ("sampler_match", "sampler_conformance"),
+    "answer_distribution": ("answer_distribution_tv", "answer_distribution_wasserstein", "human_ceiling"),
+    "copying": ("copying",),
+}
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """All findings of one audit, and what is needed to repeat it.
+
+    Attributes:
+        findings (`tuple[Finding, ...]`): one per statement.
+        model (`str`): the audited model, a repo id, a folder's name or a class.
+        revision (`str`, *optional*): its commit on the Hub, where known.
+        dataset (`str`): the data set, its rows and their hash.
+        plan_hash (`str`): hash of all settings, fixed before any answer was read.
+        seed (`int`): of every draw and split.
+        ledger (`dict`): how the error `1 - confidence` is shared among the certified findings, and the p-values of the
+            judges before and after Holm's correction.
+        num_questions (`int`): different questions.
+        decoding (`dict`): the law that was sampled and scored.
+        notes (`tuple[str, ...]`): counts of odd rows. No text of any row.
+        cost (`dict[str, float]`): CPU seconds by finding; findings that were computed together name the same time.
+        version (`int`): of this format.
+
+    Views, tuples of findings: `distinguishability`, `checks`, `retrodiction`, `hidden_deviation`, `sampler`,
+    `answer_distribution`, `copying`.
+    """
+
+    findings: tuple[Finding, ...]
+    model: str
+    revision: str | None
+    dataset: str
+    plan_hash: str
+    seed: int
+    ledger: dict[str, Any]
+    num_questions: int
+    decoding: dict[str, Any]
+    notes: tuple[str, ...] = ()
+    cost: dict[str, float] = field(default_factory=dict)
+    version: int = SCHEMA
+
+    @property
+    def distinguishability(self) -> tuple[Finding, ...]:
+        """What fresh judges saw."""
+        return self._view("distinguishability")
+
+    @property
+    def checks(self) -> tuple[Finding, ...]:
+        """Pass rates of checks."""
+        return self._view("checks")
+
+    @property
+    def retrodiction(self) -> tuple[Finding, ...]:
+        """What probability the imitator gave the humans' answers."""
+        return self._view("retrodiction")
+
+    @property
+    def hidden_deviation(self) -> tuple[Finding, ...]:
+        """Bounds on whatever could hide."""
+        return self._view("hidden_deviation")
+
+    @property
+    def sampler(self) -> tuple[Finding, ...]:
+        """Whether answers come from the law that is scored."""
+        return self._view("sampler")
+
+    @property
+    def answer_distribution(self) -> tuple[Finding, ...]:
+        """Whether it answers as the population does."""
+        return self._view("answer_distribution")
+
+    @property
+    def copying(self) -> tuple[Finding, ...]:
+        """Overlap with the training humans' answers."""
+        return self._view("copying")
+
+    def __getitem__(self, name: str) -> Finding:
+        """The finding of that name.
+
+        Raises:
+            KeyError: there is none; the message lists the names.
+        """
+        found = [finding for finding in self.findings if finding.name == name]
+        if not found:
+            raise KeyError(f"There is no finding {name!r}; the report has {[f.name for f in self.findings]}.")
+        return found[0]
+
+    def save(self, path: str | Path) -> Path:
+        """Write JSON, the whole file or none; into `audit.json` where `path` is a folder."""
+        path = Path(path)
+        path = path / "audit.json" if path.is_dir() else path
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        values["findings"] = [finding.to_dict() for finding in self.findings]
+        text = json.dumps(values, allow_nan=False, ensure_ascii=False, indent=1)
+        unfinished = path.with_name(f".unfinished-{os.getpid()}-{path.name}")
+        try:
+            unfinished.write_text(text, encoding="utf-8")
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> "AuditReport":
+        """Read a report. The file may be anybody's: it is checked field by field, and nothing in it is run.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is no report of this format; the message says what is wrong, without its words.
+        """
+        path = Path(path)
+        path = path / "audit.json" if path.is_dir() else path
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ValueError(f"{path.name} has more than {MAX_FILE_BYTES:,} bytes; a report is far smaller.")
+        try:
+            values = json.loads(
+                path.read_text(encoding="utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_without_repeats
+            )
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path.name} is no report: not valid JSON ({type(error).__name__}).") from None
+        try:
+            return cls._from_dict(values)
+        except (TypeError, KeyError, AttributeError, OverflowError) as error:
+            raise ValueError(
+                f"{path.name} is no report: a field has the wrong type ({type(error).__name__})."
+            ) from None
+
+    @classmethod
+    def _from_dict(cls, values: Any) -> "AuditReport":
+        names = {item.name for item in fields(cls)}
+        if not isinstance(values, dict) or set(values) != names:
+            raise ValueError(
+                f"A report is an object with the fields {sorted(names)}. Was it written by another version?"
+            )
+        if values["version"] != SCHEMA or isinstance(values["version"], bool):
+            raise ValueError(
+                f"The report's format is not version {SCHEMA}; audit again, or use the version that wrote it."
+            )
+        kinds: dict[str, Any] = {"findings": list, "notes": list, "ledger": dict, "decoding": dict, "cost": dict}
+        kinds |= {"model": str, "dataset": str, "plan_hash": str, "revision": str | None}
+        kinds |= {"seed": int, "num_questions": int}
+        for name, kind in kinds.items():
+            if not isinstance(values[name], kind) or isinstance(values[name], bool):
+                raise ValueError(f"The report's field `{name}` is a {type(values[name]).__name__}.")
+        if len(values["findings"]) > MAX_FINDINGS:
+            raise ValueError(f"The report has more than {MAX_FINDINGS:,} findings.")
+        _check_texts(values)
+        _check_ledger(values["ledger"])
+        is_right = {
+            "cost": all(type(seconds) in (int, float) for seconds in values["cost"].values()),
+            "notes": all(isinstance(note, str) for note in values["notes"]),
+            "decoding": all(type(x) in (int, float, str, bool) for x in values["decoding"].values()),
+        }
+        for name, is_fine in is_right.items():
+            if not is_fine:
+                raise ValueError(f"The report's field `{name}` holds a value of the wrong type.")
+        findings = tuple(_checked_finding(found) for found in values["findings"])
+        return cls(**{**values, "findings": findings, "notes": tuple(values["notes"])})
+
+    def to_markdown(self) -> str:
+        """The report for people: what it says in plain words, then every number."""
+        from hf_imitate.audits.report_text import to_markdown
+
+        return to_markdown(self)
+
+    def _view(self, name: str) -> tuple[Finding, ...]:
+        return tuple(f for f in self.findings if f.name.split("/")[0] in VIEWS[name])
+
+
+def _checked_finding(values: Any) -> Finding:
+    if not isinstance(values, dict) or {item.name for item in fields(Finding)} - set(values):
+        raise ValueError("A finding of the report lacks a field.")
+    interval = values["interval"]
+    ends = interval if isinstance(interval, list) else []
+    numbers = [values["value"], values["confidence"], *ends]
+    is_right = (
+        all(isinstance(values[name], str) for name in ("name", "unit", "detail"))
+        and isinstance(values["certified"], bool)
+        and (interval is None or len(ends) == 2)
+        and all(x is None or x in _INFINITIES or type(x) in (int, float) for x in numbers)
+        and (values["n"] is None or (type(values["n"]) is int and values["n"] < 2**53))
+    )
+    if not is_right:
+        raise ValueError("A field of a finding has the wrong type.")
+    return Finding.from_dict(values)
+
+
+def _check_ledger(ledger: dict[str, Any]) -> None:
+    numbers = [ledger.get("confidence"), *ledger.get("certified", {}).values()]
+    numbers += [p for judge in ledger.get("judges", {}).values() for p in judge.values()]
+    if not set(ledger) <= {"confidence", "certified", "judges"} or not all(
+        type(number) in (int, float) and 0 <= number <= 1 for number in numbers
+    ):
+        raise ValueError("The report's field `ledger` holds something else than error probabilities.")
+
+
+def _check_texts(value: Any) -> None:
+    """Refuse texts that are too long, or hold characters that could hide something from a reader."""
+    if isinstance(value, str) and (len(value) > MAX_TEXT or any(c < " " and c not in "\n\t" for c in value)):
+        raise ValueError("A text of the report is too long or holds control characters.")
+    if isinstance(value, dict):
+        _check_texts(list(value))
+        _check_texts(list(value.values()))
+    elif isinstance(value, list):
+        for item in value:
+            _check_texts(item)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON.")
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("A key is repeated.")
+    return values

@@ -1,0 +1,146 @@
+"""What an audit will do, written down and hashed before any answer is read."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from torch import nn
+
+from hf_imitate import __version__
+from hf_imitate.audits.judge_family import POWER_SHARES
+from hf_imitate.audits.splits import QuestionSplit, split_questions
+from hf_imitate.imitator import Imitator
+from hf_imitate.processed_law import ProcessedLaw
+
+TEST_SIZE, VALID_SIZE = 0.5, 0.1
+_SAMPLED = 64  # elements of each weight that enter its fingerprint one by one
+
+
+class Plan(NamedTuple):
+    """An audit's settings.
+
+    Attributes:
+        values: all of them, plain JSON.
+        hash: BLAKE2b-256 of their canonical JSON, hexadecimal.
+        split: of the rows of positive weight, by question.
+        ledger: the confidence, and how its error is shared among the certified findings.
+    """
+
+    values: dict[str, Any]
+    hash: str
+    split: QuestionSplit
+    ledger: dict[str, Any]
+
+    @property
+    def text(self) -> str:
+        """JSON, for `plan.json`."""
+        return json.dumps({"plan_hash": self.hash, **self.values}, indent=1, sort_keys=True)
+
+
+def make_plan(
+    imitator: Imitator,
+    model: Any,
+    dataset: Dataset,
+    train_dataset: Dataset | None,
+    *,
+    base: Any,
+    against: Any,
+    checks: Sequence[str],
+    judges: Mapping[str, Any],
+    law: ProcessedLaw,
+    by: str | None,
+    known: Mapping[str, Any],
+    confidence: float,
+    seed: int,
+) -> Plan:
+    """Fix everything that could be chosen, before answers are read; rows are known by their questions and hashes."""
+    weights = dataset["weight"] if "weight" in dataset.column_names else [None] * len(dataset)
+    prompts = [p for p, weight in zip(dataset["prompt"], weights, strict=True) if weight is None or weight > 0]
+    split = split_questions(prompts, seed, TEST_SIZE, VALID_SIZE)
+    ledger = {"confidence": confidence, "certified": shares_of_error(1 - confidence, len(judges), len(checks))}
+    rows_hash = dataset_hash(dataset)
+    values = {
+        "version": __version__,
+        "model": name_of(model),
+        "revision": getattr(imitator.model.config, "_commit_hash", None),
+        "weights": weights_fingerprint(imitator.model),
+        "dataset": f"{dataset.info.dataset_name or 'a data set'}, {len(dataset)} rows, hash {rows_hash[:16]}",
+        "dataset_hash": rows_hash,
+        "train_dataset_hash": None if train_dataset is None else dataset_hash(train_dataset),
+        "base": None if base is None else name_of(base),
+        "against": None if against is None else name_of(against),
+        "checks": list(checks),
+        "judges": {name: judge if isinstance(judge, str) else "callable" for name, judge in judges.items()},
+        "decoding": {"law": law.describe(), **law.settings, "max_new_tokens": imitator.max_new_tokens},
+        "by": by,
+        "known": dict(known),
+        "seed": seed,
+        "split": {"test_size": TEST_SIZE, "valid_size": VALID_SIZE, "rows": _hash([r.tolist() for r in split])},
+        "power_shares": list(POWER_SHARES),
+        "ledger": ledger,
+    }
+    for name, other in (("base", base), ("against", against)):
+        if isinstance(other, Imitator | nn.Module):
+            values[f"{name}_weights"] = weights_fingerprint(other.model if isinstance(other, Imitator) else other)
+    return Plan(values, _hash(values), split, ledger)
+
+
+def shares_of_error(error: float, num_judges: int, num_checks: int) -> dict[str, float]:
+    """Error probability of each certified finding: equal shares, by the name before the slash.
+
+    Every judge has a `tv_lower`, every check a `check_tv_lower`; `mean_log_prob_lower` and `hidden_deviation` are one
+    each. The shares of all of them add up to `error`.
+    """
+    share = error / (num_judges + num_checks + 2)
+    names = ["tv_lower"] * bool(num_judges) + ["check_tv_lower"] * bool(num_checks)
+    return dict.fromkeys([*names, "mean_log_prob_lower", "hidden_deviation"], share)
+
+
+def dataset_hash(dataset: Dataset) -> str:
+    """Hash of all rows and columns, in order; the same for equal rows however they are stored."""
+    digest = hashlib.blake2b(digest_size=32)
+    digest.update(json.dumps(sorted(dataset.column_names)).encode())
+    for row in dataset.with_format(None):
+        digest.update(json.dumps(_jsonable(row), sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """Hash that changes when a model is trained further: names, shapes, sums and some elements of all its weights."""
+    digest = hashlib.blake2b(digest_size=32)
+    with torch.no_grad():
+        for name, weight in sorted(model.state_dict().items()):
+            flat = weight.detach().reshape(-1)
+            sampled = flat[:: max(1, flat.numel() // _SAMPLED)].double().cpu()
+            total = (
+                flat.float().abs().sum(dtype=torch.float64).item() if flat.is_floating_point() else flat.sum().item()
+            )
+            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {total!r}".encode())
+            digest.update(sampled.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def name_of(model: Any) -> str:
+    """What reports call a model: its repo id or folder name, never where on this machine it lies."""
+    name = str(model) if isinstance(model, str | Path) else ""
+    if not name:
+        inner = getattr(model, "model", model) if isinstance(model, Imitator) else model
+        name = getattr(getattr(inner, "config", None), "_name_or_path", "") or type(inner).__name__
+    return Path(name).resolve().name if Path(name).exists() or Path(name).is_absolute() else name
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    return value if value is None or isinstance(value, str | int | float | bool) else repr(value)
+
+
+def _hash(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=32).hexdigest()

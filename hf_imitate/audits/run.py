@@ -1,0 +1,386 @@
+"""`hf_imitate.audit`: every claim about an imitator as a number with a confidence."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from peft import PeftModel
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from hf_imitate.audits.answers import audit_answers
+from hf_imitate.audits.audit_files import write_audit
+from hf_imitate.audits.audit_plan import make_plan
+from hf_imitate.audits.checks import audit_checks
+from hf_imitate.audits.consistency import audit_consistency
+from hf_imitate.audits.copying import audit_copying
+from hf_imitate.audits.evidence import Evidence, check_dataset, collect_evidence, draw_foils
+from hf_imitate.audits.evidence_cache import EvidenceCache, write_text
+from hf_imitate.audits.hidden_deviation import audit_hidden_deviation
+from hf_imitate.audits.judge_family import JudgeFamily, audit_distinguishability
+from hf_imitate.audits.judges import Judge
+from hf_imitate.audits.named_judges import make_judge, named_judges
+from hf_imitate.audits.report import AuditReport, Finding
+from hf_imitate.audits.retrodiction import audit_retrodiction, paired_difference
+from hf_imitate.audits.sampler import audit_sampler
+from hf_imitate.audits.splits import QuestionSplit
+from hf_imitate.checks import Check, check_names
+from hf_imitate.imitator import Imitator
+from hf_imitate.processed_law import ProcessedLaw
+from hf_imitate.rendering import Answer
+
+FOIL_TEMPERATURE = 0.7
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left"
+
+
+def audit(
+    model: "str | PreTrainedModel | PeftModel | Imitator",
+    dataset: Dataset,
+    train_dataset: Dataset | None = None,
+    base: "str | PreTrainedModel | PeftModel | Imitator | None" = None,
+    checks: Sequence[Check] | None = None,
+    judges: "Sequence[str | Judge] | None" = None,
+    resample: int = 1,
+    generation_config: GenerationConfig | dict[str, Any] | None = None,
+    by: str | None = None,
+    confidence: float = 0.95,
+    seed: int = 0,
+    output_dir: str | Path | None = "audit",
+    *,
+    against: "str | PreTrainedModel | PeftModel | Imitator | None" = None,
+    human_entropy: str | float | None = None,
+    max_answer_bytes: int | None = None,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> AuditReport:
+    """Audit any causal LM against what people wrote, whoever trained it.
+
+    A plan (settings, seeds, judges, split, levels, hashes) is fixed and hashed before any answer is read. The imitator
+    answers every question once per row, and every finding is a function of both sides' answers and their scores. What
+    fails is "not measured" and names the kind of error; the rest goes on. Killed and started again with the same
+    arguments and `output_dir`, it goes on where it was.
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`], [`~peft.PeftModel`] or [`Imitator`]):
+            Hub repo id, folder, or loaded model; a loaded one's tokenizer is found by its name.
+        dataset (`datasets.Dataset`):
+            Held-out rows: `prompt`, `completion`, and optionally `weight`, `choices` and other columns for the checks.
+        train_dataset (`datasets.Dataset`, *optional*):
+            What it was trained on; its questions must be others. Needed for `copying`.
+        base (*optional*):
+            Whose answers the power control plants; defaults to the imitator's own at temperature 0.7.
+        checks (`Sequence[Callable]`, *optional*):
+            Pass or fail an answer; as in the trainers.
+        judges (`Sequence[str | Callable]`, *optional*):
+            "surface", "ngram", "likelihood", "lora", "lora:<repo or path>", or callables
+            `judge(train_pairs, valid_pairs, seed) -> scorer(prompts, answers) -> scores`. Defaults to the first three.
+        resample (`int`, *optional*, defaults to 1):
+            Draws of which the distinguisher keeps one.
+        generation_config ([`~transformers.GenerationConfig`] or `dict`, *optional*):
+            The decoding that is sampled *and* scored, see [`~hf_imitate.processed_law.ProcessedLaw`], and
+            `max_new_tokens`. `None`: temperature 1, untruncated.
+        by (`str`, *optional*):
+            A column; the distribution of answers is also compared within each of its values.
+        confidence (`float`, *optional*, defaults to 0.95):
+            Of all certified findings together, and of each other interval on its own.
+        seed (`int`, *optional*, defaults to 0):
+            Of every draw, split and control.
+        output_dir (`str` or `Path`, *optional*, defaults to `"audit"`):
+            Gets `audit.json`, `audit.md`, `plan.json`, figures, `scores.parquet` (numbers per question, to be kept
+            local) and the folder `cache` (the imitator's answers, to be kept local). `None` writes nothing.
+        against (*optional*):
+            Another imitator, of the same answers: adds `bits_per_answer_difference`, below 0 where `model` is better.
+        human_entropy (`str` or `float`, *optional*):
+            What is known of the humans beforehand, and makes their loss an absolute statement: `"unique"` where each
+            question has one right answer that every human gives, or the least mean entropy of their answers, nats.
+        max_answer_bytes (`int`, *optional*):
+            Longest answer of the population, fixed beforehand. The smaller, the sharper the certified bounds on log p.
+        batch_size (`int`, *optional*, defaults to 64):
+            Most answers at once.
+        progress (`bool`, *optional*, defaults to `True`):
+            Show a bar with the time left.
+
+    Returns:
+        [`AuditReport`].
+
+    Raises:
+        TypeError, ValueError: the rows or settings cannot be audited; nothing was written.
+
+    Example:
+
+    ```python
+    report = audit("me/me-imitator", dataset["test"], train_dataset=dataset["train"])
+    print(report.to_markdown())
+    ```
+    """
+    notes = check_dataset(dataset, train_dataset)
+    law = _check_settings(dataset, checks, resample, generation_config, by, confidence)
+    check_known(human_entropy, max_answer_bytes)
+    named = named_judges(judges)
+    imitator = _limited(load_imitator(model), generation_config)
+    plan = make_plan(
+        imitator,
+        model,
+        dataset,
+        train_dataset,
+        base=base,
+        against=against,
+        checks=check_names(checks or ()),
+        judges=named,
+        law=law,
+        by=by,
+        known={"human_entropy": human_entropy, "max_answer_bytes": max_answer_bytes},
+        confidence=confidence,
+        seed=seed,
+    )
+    folder = None if output_dir is None else Path(output_dir)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "plan.json", plan.text)
+    cache = EvidenceCache(None if folder is None else folder / "cache" / plan.hash[:16])
+    parts = _parts(imitator, checks, by, (human_entropy, max_answer_bytes), confidence, plan.ledger["certified"])
+    with tqdm(
+        total=len(dataset) * (3 + 3 * len(named) + len(parts)), desc="auditing", disable=not progress, bar_format=_BAR
+    ) as bar:
+        began = time.process_time()
+        evidence = collect_evidence(
+            imitator,
+            dataset,
+            law=law,
+            train_dataset=train_dataset,
+            confidence=confidence,
+            seed=seed,
+            batch_size=batch_size,
+            cache=cache,
+            notes=notes,
+            advance=bar.update,
+        )
+        collected = time.process_time() - began
+        family = _judge(
+            (imitator, base, evidence, law, plan.split),
+            named,
+            (confidence, 1 - plan.ledger["certified"].get("tv_lower", 1 - confidence), seed),
+            cache,
+            lambda name: bar.update(len(dataset)),
+        )
+        findings, cost = [*family.findings], dict(family.seconds)
+        for name, unit, compute in parts:
+            found, seconds = _guarded(name, unit, functools.partial(compute, evidence))
+            findings += found
+            cost |= {f.name: seconds for f in found}
+            bar.update(len(dataset))
+    if against is not None:
+        name = "bits_per_answer_difference"
+        found, cost[name] = _guarded(name, "bits", lambda: _compare(against, imitator, evidence, dataset, law, cache))
+        findings += found
+    found, cost["consistency"] = _guarded("consistency", "count", lambda: audit_consistency(findings))
+    findings += found
+    report = AuditReport(
+        findings=tuple(findings),
+        model=plan.values["model"],
+        revision=plan.values["revision"],
+        dataset=plan.values["dataset"],
+        plan_hash=plan.hash,
+        seed=seed,
+        ledger={**plan.ledger, "judges": family.p_values},
+        num_questions=len(evidence.first_of_question),
+        decoding=plan.values["decoding"],
+        notes=(*evidence.notes, f"Drawing and scoring all answers took {collected:.0f} CPU seconds."),
+        cost={name: round(seconds, 3) for name, seconds in cost.items()},
+    )
+    if folder is not None:
+        write_audit(folder, report, evidence, family, plan.split)
+    return report
+
+
+def load_imitator(model: "str | PreTrainedModel | PeftModel | Imitator") -> Imitator:
+    """The imitator that a user means.
+
+    Raises:
+        TypeError: `model` is none of the four kinds.
+        ValueError: a loaded model does not say where its tokenizer is.
+    """
+    if isinstance(model, Imitator):
+        return model
+    if isinstance(model, str | Path):
+        return Imitator.from_pretrained(model)
+    if not isinstance(model, PreTrainedModel | PeftModel):
+        raise TypeError(
+            f"`model` is a {type(model).__name__}; give a repo id, a folder, a transformers or PEFT model, or an "
+            "Imitator."
+        )
+    name = getattr(model.config, "_name_or_path", "")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False) if name else None
+    except (OSError, ValueError):
+        tokenizer = None
+    if tokenizer is None:
+        raise ValueError(
+            "The model does not say where its tokenizer is. Pass `Imitator(model, tokenizer)`, or save both in one "
+            "folder and pass its path."
+        )
+    return Imitator(model, tokenizer)
+
+
+def check_resample(resample: int) -> None:
+    """Raise `ValueError` where the audited law is one of resampled answers: not available yet."""
+    if resample != 1:
+        raise ValueError(
+            f"`resample` is {resample}; audits of resampled answers are not implemented. Use `resample=1`, the law of "
+            "single draws."
+        )
+
+
+def _check_settings(
+    dataset: Dataset,
+    checks: Sequence[Check] | None,
+    resample: int,
+    generation_config: GenerationConfig | dict[str, Any] | None,
+    by: str | None,
+    confidence: float,
+) -> ProcessedLaw:
+    check_resample(resample)
+    check_names(checks or ())
+    if not 0.5 <= confidence < 1:
+        raise ValueError(f"`confidence` is {confidence}; it must lie in [0.5, 1), such as 0.95.")
+    if by is not None and by not in dataset.column_names:
+        raise ValueError(f"`by` names the column {by!r}; the data set has {dataset.column_names}.")
+    return ProcessedLaw(generation_config)
+
+
+def check_known(human_entropy: str | float | None, max_answer_bytes: int | None) -> None:
+    """Raise `ValueError` unless what is said to be known of the humans can be."""
+    is_number = isinstance(human_entropy, int | float) and not isinstance(human_entropy, bool)
+    if not (human_entropy is None or human_entropy == "unique" or (is_number and 0 <= float(human_entropy) < np.inf)):
+        raise ValueError(
+            f'`human_entropy` is {human_entropy!r}; give "unique", a number of nats that the mean entropy of human '
+            "answers is known to be at least, or None."
+        )
+    if max_answer_bytes is not None and max_answer_bytes < 1:
+        raise ValueError(f"`max_answer_bytes` is {max_answer_bytes}; it must be at least 1, or None.")
+
+
+def _limited(imitator: Imitator, generation_config: GenerationConfig | dict[str, Any] | None) -> Imitator:
+    """The imitator with the length limit of the audited decoding; the given object stays as it is."""
+    given = generation_config if isinstance(generation_config, dict) else vars(generation_config or object).copy()
+    limit = given.get("max_new_tokens")
+    if limit is None or limit == imitator.max_new_tokens:
+        return imitator
+    other = object.__new__(Imitator)
+    other.__dict__.update(imitator.__dict__, max_new_tokens=int(limit))
+    return other
+
+
+def _judge(
+    data: "tuple[Imitator, Any, Evidence, ProcessedLaw, QuestionSplit]",
+    named: Mapping[str, "str | Judge"],
+    levels: tuple[float, float, int],
+    cache: EvidenceCache,
+    advance: Callable[[str], None],
+) -> JudgeFamily:
+    imitator, base, evidence, law, split = data
+    confidence, certified_confidence, seed = levels
+    foils: list[Answer] | None = None
+    who = f"the imitator at temperature {FOIL_TEMPERATURE:g}" if base is None else "the base"
+    try:
+        other = imitator if base is None else load_imitator(base)
+        foil_law = ProcessedLaw({"temperature": FOIL_TEMPERATURE} if base is None else None)
+        foils = draw_foils(other, evidence, foil_law, cache=cache)
+    except Exception as error:
+        who = f"{who}, which raised {type(error).__name__}"
+    judges = {name: make_judge(judge, imitator, base, evidence, foils, law, cache) for name, judge in named.items()}
+    own = [name for name, judge in named.items() if callable(judge)]
+
+    def cached(name: str, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        # A user's callable may have changed under its old name, so its scores are not kept.
+        is_own = any(name.endswith(f"-{judge}") for judge in own)
+        return compute() if is_own else cache.arrays(f"judge-{name}", compute)
+
+    return audit_distinguishability(
+        evidence,
+        judges,
+        split,
+        foil=foils,
+        foil_name=who,
+        confidence=confidence,
+        certified_confidence=certified_confidence,
+        seed=seed,
+        cached=cached,
+        advance=advance,
+    )
+
+
+def _parts(
+    imitator: Imitator,
+    checks: Sequence[Check] | None,
+    by: str | None,
+    known: tuple[str | float | None, int | None],
+    confidence: float,
+    errors: Mapping[str, float],
+) -> list[tuple[str, str, Callable[[Evidence], list[Finding]]]]:
+    """What else is audited: (name of the first finding, its unit, function of the evidence that gives all of them)."""
+
+    def certified(name: str) -> float:
+        return 1 - errors.get(name, 1 - confidence)
+
+    levels = {name: certified(name) for name in ("check_tv_lower", "mean_log_prob_lower", "hidden_deviation")}
+    role, (entropy, longest) = imitator.renderer.completion_role, known
+    checked = [
+        (
+            *("check_pass", "probability"),
+            lambda evidence: audit_checks(evidence, checks or (), confidence, levels["check_tv_lower"], role),
+        )
+    ]
+    return [
+        *(checked if checks else []),
+        (
+            *("bits_per_answer", "bits"),
+            lambda evidence: audit_retrodiction(evidence, confidence, levels["mean_log_prob_lower"], longest),
+        ),
+        (
+            *("hidden_deviation", "probability"),
+            lambda evidence: audit_hidden_deviation(
+                evidence, confidence, levels["hidden_deviation"], entropy, longest
+            ),
+        ),
+        ("sampler_match", "probability", lambda evidence: _audit_sampler(imitator, evidence, confidence)),
+        ("answer_distribution_tv", "probability", lambda evidence: audit_answers(evidence, by, confidence)),
+        ("copying", "probability", lambda evidence: audit_copying(evidence, confidence)),
+    ]
+
+
+def _audit_sampler(imitator: Imitator, evidence: Evidence, confidence: float) -> list[Finding]:
+    """Re-execution compares what was sampled, not its canonical spelling."""
+    ended = [answer.ended for answer in evidence.imitator_answers]
+    texts = evidence.sampled_texts or [answer.text for answer in evidence.imitator_answers]
+    sampled = [Answer(*pair) for pair in zip(texts, ended, strict=True)]
+    return audit_sampler(
+        imitator,
+        dataclasses.replace(evidence, imitator_answers=sampled),
+        confidence,
+        max_new_tokens=evidence.max_new_tokens,
+        temperature=evidence.temperature or 1.0,
+    )
+
+
+def _compare(
+    against: Any, imitator: Imitator, evidence: Evidence, dataset: Dataset, law: ProcessedLaw, cache: EvidenceCache
+) -> list[Finding]:
+    other = _limited(load_imitator(against), {"max_new_tokens": imitator.max_new_tokens})
+    own = EvidenceCache(None if cache.folder is None else cache.folder / "against")
+    return paired_difference(evidence, collect_evidence(other, dataset, law=law, seed=evidence.seed, cache=own))
+
+
+def _guarded(name: str, unit: str, compute: Callable[[], list[Finding]]) -> tuple[list[Finding], float]:
+    """Findings and their CPU seconds; an audit that raises gives one without value, and the others go on."""
+    began = time.process_time()
+    try:
+        found = compute()
+    except Exception as error:
+        found = [Finding(name, None, unit, detail=f"Not measured: this audit raised {type(error).__name__}.")]
+    return found, time.process_time() - began

@@ -1,0 +1,63 @@
+"""Data sets as the shell names them: embedded, files, saved folders, the Hub."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+DOCSTRINGS_TEST_SIZE = 0.1
+
+
+def load_named(
+    name: str, config: str | None = None, test_size: float | None = None, split: str = "train", streaming: bool = False
+) -> "DatasetDict":
+    """The data set of a name, in its splits.
+
+    Args:
+        name (`str`): `"docstrings"`, a file, a folder that `datasets` saved, or a Hub id.
+        config (`str`, *optional*): configuration of a Hub data set.
+        test_size (`float`, *optional*): hold out this share of the questions of `split`.
+        split (`str`): what a file or folder without splits is called, and what questions are held out of.
+        streaming (`bool`): do not download the whole of it.
+
+    Raises:
+        ValueError: questions are to be held out of a split that is not there.
+    """
+    import datasets
+
+    from hf_imitate.docstrings import load_docstrings
+    from hf_imitate.rows import split_by_question
+
+    path = Path(name)
+    if name == "docstrings":
+        # Many functions share a first line: an answer seen in training must not be met again in the test.
+        share = test_size or DOCSTRINGS_TEST_SIZE
+        return split_by_question(load_docstrings(), test_size=share, group_by="completion")
+    if path.is_file() and path.suffix in BUILDERS:
+        loaded = datasets.load_dataset(BUILDERS[path.suffix], data_files={split: str(path)}, streaming=streaming)
+    elif path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
+        saved = datasets.load_from_disk(name)
+        loaded = datasets.DatasetDict({split: saved}) if isinstance(saved, datasets.Dataset) else saved
+    else:
+        loaded = datasets.load_dataset(name, name=config, streaming=streaming)
+    return loaded if test_size is None else split_by_question(split_of(loaded, split), test_size=test_size)
+
+
+def check_is_there(name: str) -> None:
+    """Raise `FileNotFoundError` if the name is that of a file, and there is none."""
+    if Path(name).suffix in BUILDERS and not Path(name).exists():
+        raise FileNotFoundError(
+            f"`dataset_name` is {name!r}; there is no such file. Give the path of an existing one."
+        )
+
+
+def split_of(dataset: "DatasetDict", split: str) -> "Dataset":
+    """One split, or `ValueError` with the names of those there are."""
+    if split not in dataset:
+        raise ValueError(
+            f"The data set has no split {split!r}, only {', '.join(dataset)}. Name one with `--dataset_train_split` "
+            "or `--dataset_test_split`, or hold out questions with `--test_split_size 0.1`."
+        )
+    return dataset[split]

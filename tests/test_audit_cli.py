@@ -1,0 +1,52 @@
+"""`hf-imitate audit`: from a model folder and a file to a report."""
+
+import json
+
+import pytest
+from audit_worlds import word_answers
+
+from hf_imitate.audit_cli import AuditArguments, main, make_parser
+
+
+@pytest.fixture
+def data(tmp_path):
+    import numpy as np
+
+    rows = word_answers(np.random.default_rng(0), 40, length=3)
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": f"q{n}", "completion": a.text}) for n, a in enumerate(rows)))
+    return path
+
+
+def test_a_folder_and_a_file_become_a_report(tiny_model_dir, data, tmp_path, capsys):
+    config = tmp_path / "audit.yaml"
+    config.write_text(f"dataset_name: {data}\nmax_new_tokens: 4\nseed: 3\njudges: [surface]\n")
+    arguments = ["--model_name_or_path", str(tiny_model_dir), "--config", str(config), "--seed", "5"]
+    assert main([*arguments, "--output_dir", str(tmp_path / "out"), "--temperature", "0.9"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("# Audit of")
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert plan["seed"] == 5
+    assert plan["judges"] == {"surface": "surface"}
+    assert plan["decoding"] == {"law": "temperature 0.9", "temperature": 0.9, "max_new_tokens": 4}
+
+
+def test_what_is_missing_is_named(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--dataset_name", "docstrings"])
+    assert caught.value.code == 2
+    assert "--model_name_or_path" in capsys.readouterr().err
+
+
+def test_bad_rows_end_with_one_line(tiny_model_dir, data, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--model_name_or_path", str(tiny_model_dir), "--dataset_name", str(data), "--by", "age"])
+    assert caught.value.code == 2
+    assert "'age'" in capsys.readouterr().err
+
+
+def test_every_setting_of_audit_is_a_flag():
+    parsed = make_parser().parse_args_and_config(["--judges", "ngram", "lora:me/body", "--top_k", "5"])[0]
+    assert parsed.judges == ["ngram", "lora:me/body"]
+    assert parsed.top_k == 5
+    assert isinstance(parsed, AuditArguments)

@@ -1,0 +1,46 @@
+"""Data sets by the name that a shell gives them."""
+
+import pytest
+from test_train_cli import write_rows
+
+from hf_imitate.cli_data import load_named, split_of
+
+
+def load(name: str, test_split_size: float | None = None):
+    return load_named(name, test_size=test_split_size)
+
+
+def test_files_and_folders_of_rows_load_by_their_path(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    jsonl = write_rows(tmp_path / "rows.jsonl")
+    rows = load(str(jsonl))["train"]
+    assert rows.num_rows == 24
+    rows.to_csv(tmp_path / "rows.csv")
+    rows.to_parquet(tmp_path / "folder" / "train.parquet")
+    rows.save_to_disk(tmp_path / "saved")
+    DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(tmp_path / "saved_splits")
+    for name in ("rows.csv", "folder/train.parquet", "folder", "saved", "saved_splits"):
+        assert load(str(tmp_path / name))["train"].to_list() == rows.to_list(), name
+    assert load(str(tmp_path / "saved_splits"))["test"].num_rows == 1
+    assert isinstance(rows, Dataset)
+
+
+def test_held_out_rows_share_no_question_with_the_training_rows(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl")
+    path.write_text(path.read_text() * 2)  # every question twice
+    split = load(str(path), test_split_size=0.25)
+    assert (split["train"].num_rows, split["test"].num_rows) == (36, 12)
+    assert not set(split["train"]["prompt"]) & set(split["test"]["prompt"])
+
+
+def test_the_embedded_data_hold_out_answers_too():
+    split = load("docstrings")
+    assert split["train"].num_rows + split["test"].num_rows > 5000
+    assert not set(split["train"]["completion"]) & set(split["test"]["completion"])
+
+
+def test_a_missing_split_is_named_with_those_that_exist(tmp_path):
+    rows = load(str(write_rows(tmp_path / "rows.jsonl")))
+    with pytest.raises(ValueError, match=r"no split 'test', only train\..*--test_split_size"):
+        split_of(rows, "test")

@@ -1,0 +1,252 @@
+"""What every run leaves behind: the imitator's repo, its card, its push, and the checkpoint to go on from."""
+
+import dataclasses
+import json
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from transformers import GenerationConfig
+from transformers.training_args import HubStrategy
+from transformers.utils import PushInProgress
+
+from hf_imitate.hub_cards.facts import CardFacts, Paper
+from hf_imitate.hub_cards.model_card import render_card
+from hf_imitate.hub_cards.push import push_folder
+from hf_imitate.trainers.checkpoints import LAST_WRITTEN, checkpoint_to_resume, is_whole, withdraw
+
+logger = logging.getLogger(__name__)
+
+LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
+
+
+class ImitatorSaving:
+    """The half of a trainer that writes and reads files.
+
+    Comes before TRL's trainer among the bases. The trainer states `trained_law`, `imitation_facts` and `card_facts`.
+    One with a second model says by `published_models` and `save_beside` how it is published, and by
+    `checkpoint_to_resume` and `check_checkpoint` what a resumed run needs.
+    """
+
+    def __init__(self, *args, **kwargs):
+        self._pushes = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push")
+        self._step_of_weights: int | None = None  # of the best checkpoint, once it was loaded
+        super().__init__(*args, **kwargs)
+
+    def trained_law(self) -> GenerationConfig:
+        """The generation settings whose law was trained."""
+        raise NotImplementedError
+
+    def imitation_facts(self) -> dict[str, Any]:
+        """How to rebuild the imitator, without a row of the data: what `imitation.json` holds."""
+        raise NotImplementedError
+
+    def card_facts(self, model_name: str | None = None, dataset_name: str | None = None) -> CardFacts:
+        """What this run can truthfully say about itself."""
+        raise NotImplementedError
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
+        """As in transformers; `resume_from_checkpoint=True` goes on from the newest checkpoint that is complete.
+
+        Raises:
+            ValueError: there is no complete checkpoint, or the one that was named is not whole.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(self.checkpoint_to_resume())
+        if resume_from_checkpoint:
+            self.check_checkpoint(resume_from_checkpoint)
+        self._step_of_weights = None
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def checkpoint_to_resume(self) -> Path:
+        """The newest complete checkpoint in the run's folder.
+
+        Raises:
+            ValueError: there is none.
+        """
+        return checkpoint_to_resume(self.args.output_dir, damage)
+
+    def check_checkpoint(self, checkpoint: str) -> None:
+        """Check that a run can be taken up, before anything is loaded.
+
+        Raises:
+            ValueError: a file is missing or cut off.
+        """
+        lack = damage(checkpoint)
+        if lack is not None:
+            raise ValueError(
+                f"{checkpoint} is not whole: {lack}. `resume_from_checkpoint=True` finds the newest checkpoint that "
+                "is."
+            )
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """As in transformers, but no batch where the run has already seen its last step."""
+        # transformers takes a step before it asks whether the one before was the last; a run taken up at its last
+        # checkpoint has nothing left to do.
+        if self.state.global_step < self.state.max_steps:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.control.should_training_stop = True
+        self.control.should_log = self.control.should_evaluate = self.control.should_save = False
+        return [], None
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self._step_of_weights = self.state.best_global_step
+
+    def last_measured(self) -> dict[str, Any]:
+        """The newest value of every logged number, up to the step whose weights these are."""
+        newest = self.state.global_step if self._step_of_weights is None else self._step_of_weights
+        entries = [entry for entry in self.state.log_history if entry.get("step", 0) <= newest]
+        return {key: value for entry in entries for key, value in entry.items()}
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the imitator as it is published: its weights, its law and how it was made."""
+        folder = Path(output_dir or self.args.output_dir)
+        if _internal_call and withdraw(folder, self.accelerator.process_index):
+            self.accelerator.wait_for_everyone()
+        self._name_base_revisions()
+        super().save_model(str(folder), _internal_call=True)
+        if self.args.should_save:
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and full of local paths
+            self.save_beside(folder)
+            self.trained_law().save_pretrained(str(folder))
+            text = json.dumps(self.imitation_facts(), indent=2, ensure_ascii=False)
+            (folder / "imitation.json").write_text(text + "\n", encoding="utf-8")
+            self._write_card(folder)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save")
+
+    def save_beside(self, folder: Path) -> None:
+        """Save what a repo holds beside the imitator; the first process alone is asked."""
+
+    def published_models(self) -> tuple[nn.Module, ...]:
+        """The models that are saved."""
+        return (self.model,)
+
+    def _name_base_revisions(self) -> None:
+        """Tie the adapters to the very commit of the base they were trained on, where it is known."""
+        for model in self.published_models():
+            commit = getattr(model.config, "_commit_hash", None)
+            for config in model.peft_config.values() if commit and isinstance(model, PeftModel) else ():
+                config.revision = commit
+
+    def base_facts(self) -> dict[str, Any]:
+        """The base in `imitation.json`. Of a local one the last part only: the rest is nobody's business."""
+        name = self.model.config._name_or_path
+        is_local = os.path.isdir(name)
+        return {
+            "base_model": Path(name).name if is_local else name,
+            "base_is_local": is_local,
+            "base_revision": getattr(self.model.config, "_commit_hash", None),
+        }
+
+    def run_card_facts(self, model_name: str | None, dataset_name: str | None) -> dict[str, Any]:
+        """What the card of every run says, as arguments of [`CardFacts`]."""
+        facts = self.imitation_facts()
+        return {
+            "model_name": model_name or Path(self.args.output_dir).name,
+            "objective": self._name,
+            "repo_id": self.hub_model_id,
+            "base_model": self.model.config._name_or_path or None,
+            "base_revision": facts["base_revision"],
+            "papers": (Paper(**self._paper),),
+            "dataset_name": dataset_name,
+            "num_rows": facts["dataset"]["num_rows"],
+            "num_labelled": facts["dataset"]["num_labelled"],
+            "settings": facts["settings"],
+            "versions": facts["versions"],
+            "is_adapter": isinstance(self.model, PeftModel),
+            "generation": {k: v for k, v in self.trained_law().to_diff_dict().items() if k != "transformers_version"},
+        }
+
+    def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None) -> None:
+        """Write README.md: the card of what this run measured."""
+        if self.is_world_process_zero():
+            self._write_card(Path(self.args.output_dir), model_name, dataset_name, tags)
+
+    def _write_card(self, folder: Path, model_name=None, dataset_name=None, tags=None) -> None:
+        facts = self.card_facts(model_name, dataset_name)
+        tags = [tags] if isinstance(tags, str) else list(tags or [])
+        facts = dataclasses.replace(facts, tags=tuple(dict.fromkeys([*self._tag_names, *tags])))
+        render_card(facts).save(str(folder / "README.md"))
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ):
+        """Push the imitator in one commit, private unless asked otherwise; what only training needs stays here."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token or self.args.hub_token
+        private = self.args.hub_private_repo if private is None else private
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        kwargs.setdefault("model_name", (self.hub_model_id or self.args.output_dir).split("/")[-1])
+        self.create_model_card(**kwargs)
+        self._finish_current_push()
+        return push_folder(
+            self.args.output_dir,
+            self.hub_model_id,
+            private=private is not False,
+            token=token,
+            revision=revision or self.args.hub_revision,
+            commit_message=commit_message or "End of training",
+            run_as_future=not blocking,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        # A checkpoint holds the whole repo already; TRL's own would copy the imitator's files alone, and push the rest
+        # of the output folder stale.
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        if not self.args.hub_always_push and self.push_in_progress is not None and not self.push_in_progress.is_done():
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        # All of it in the background: a network that is away for a moment must not end a run.
+        push = self._pushes.submit(
+            _push_or_warn,
+            checkpoint_folder,
+            self.hub_model_id,
+            private=self.args.hub_private_repo is not False,
+            token=self.args.hub_token,
+            revision=self.args.hub_revision,
+            commit_message=f"Training in progress, step {self.state.global_step}",
+        )
+        if self.args.save_total_limit is not None:
+            wait([push])  # before the folder is deleted to make room
+        earlier = self.push_in_progress.jobs if self.push_in_progress is not None else []
+        self.push_in_progress = PushInProgress([*(job for job in earlier if not job.done()), push])
+
+
+def damage(checkpoint: str | Path) -> str | None:
+    """What a checkpoint of one model lacks: its first file that is missing or cut off. `None` if it is whole.
+
+    transformers writes `trainer_state.json` after everything else of its process.
+    """
+    folder = Path(checkpoint)
+    files = [folder / LAST_WRITTEN, *sorted(folder.rglob("*.safetensors"))]
+    states = [*folder.glob("optimizer*.pt"), *folder.glob("scheduler.pt"), *folder.glob("rng_state*.pth")]
+    for file in [*files, *sorted(states)]:
+        if not file.is_file():
+            return f"{file.relative_to(folder)} is missing"
+        if not is_whole(file):
+            return f"{file.relative_to(folder)} is cut off"
+    return None
+
+
+def _push_or_warn(*args: Any, **kwargs: Any) -> None:
+    try:
+        push_folder(*args, **kwargs)
+    except Exception as error:
+        logger.warning("A push in the background failed (%s: %s). Training goes on.", type(error).__name__, error)
