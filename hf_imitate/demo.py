@@ -330,9 +330,12 @@ def measure(
         )
 
     began = time.perf_counter()
-    audited(systems[0], NUM_PROBED, None)
-    spent = time.perf_counter() - began
-    fitting = int((seconds - spent) / len(systems) / (spent / NUM_PROBED))
+    for _ in range(2):  # the first loads what later ones find loaded
+        probing = time.perf_counter()
+        audited(systems[0], NUM_PROBED, None)
+    spent = time.perf_counter() - probing
+    left = began + seconds - time.perf_counter()
+    fitting = int(left / len(systems) / (spent / NUM_PROBED))
     num_questions = min(len(rows), max(fitting, FEWEST_AUDITED))
     print(f"{num_questions} questions to each system.")
     measured = []
