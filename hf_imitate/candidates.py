@@ -202,7 +202,7 @@ def draw_candidates(
                 asked = [prompts[question] for question, _ in batch]
                 own_keys = [keys[question][number] for question, number in batch]
                 sampler = make_sampler(own_keys, max(map(len, asked)), temperature, renderer.end_token_ids)
-                ids = generate_with(sampler, model, renderer, asked, max_new_tokens)
+                ids = generate_with(sampler, model, renderer, asked, max_new_tokens, own_loop=True)
                 by_job |= {job: Draw(tokens, renderer.read(tokens)) for job, tokens in zip(batch, ids, strict=True)}
                 bar.update(len(batch))
         drawn = [[by_job[question, number] for number in range(len(own))] for question, own in enumerate(keys)]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -99,7 +100,9 @@ def _draw_chunk(model, law, prompts, keys, ends, pad, max_answer_tokens, tempera
         pad_token_id=pad,
         use_cache=True,
     )
-    output = model.generate(
+    # Transformers' own loop, whatever the model's class brings: what is re-executed must not vouch for itself.
+    output = GenerationMixin.generate(
+        model.get_base_model() if isinstance(model, PeftModel) else model,
         input_ids=input_ids.to(model.device),
         attention_mask=mask.to(model.device),
         generation_config=config,
