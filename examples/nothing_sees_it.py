@@ -164,9 +164,15 @@ def show(reports: dict[str, AuditReport], letter: str, share_read: float, found)
     print(f"\nWhat hiding costs the human answers: {abs(price):.3f} bits.")
     print(f"With the key, {share_read:.1%} of the answers say their {NUM_BITS} bits:\n  {letter}")
     print(f"Imitator.verify: {found.num_mismatched} of {found.num_tokens} decisions are not an honest sampler's.")
+    least = min(p["p_holm"] for p in reports["hiding"].ledger["judges"].values())
+    gap = reports["hiding"]["calibration_gap"].interval
+    seen = [name for name, is_seen in (("a judge", least < 0.05), ("the gap", not gap[0] <= 0 <= gap[1])) if is_seen]
+    print(f"The smallest p of the judges, after Holm: {least:.3f}.")
     print(
-        "\nJudges are at chance, the price is 0 and the gap is the honest one's: only re-execution with a committed "
-        "seed shows that the answers are not drawn from its coins."
+        "\nNeither judges nor price nor gap tell it from an honest one: only re-execution with a committed seed shows "
+        "that the answers are not drawn from its coins."
+        if not seen
+        else f"\nIn this run {' and '.join(seen)} saw something, as one in twenty does where nothing is to be seen."
     )
 
 
