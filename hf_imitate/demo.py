@@ -142,7 +142,7 @@ def train(path: str, rows: Dataset, output_dir: Path, seconds: float, seed: int)
     for model in (sft, control):
         model.load_state_dict(keeper.after_warmup)
         model.generation_config = base.generation_config
-    num_steps = trainer.state.global_step - trainer.phases.game_start
+    num_steps = max(0, trainer.state.global_step - trainer.phases.game_start)
     _fit_likelihood(control, trainer.likelihood.rows, trainer._tokenizer.pad_token_id, num_steps)
     return {"base": base.eval(), "sft": sft.eval(), "control": control.eval(), "imitator": trainer.model.eval()}
 
@@ -230,13 +230,20 @@ class _Keeper(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         if not self.after_warmup and state.global_step >= self.trainer.phases.imitator_warmup:
-            weights = self.trainer.model.state_dict()
-            self.after_warmup = {name: weight.detach().clone() for name, weight in weights.items()}
+            self._keep()
 
     def on_step_end(self, args, state, control, **kwargs):
         if time.perf_counter() > self.deadline and not control.should_training_stop:
-            print("\nTime is up: the game ends before its last step.")
+            print("\nTime is up: training ends before its last step.")
             control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if not self.after_warmup:  # time was up within the warm-up: SFT, control and imitator are one
+            self._keep()
+
+    def _keep(self) -> None:
+        weights = self.trainer.model.state_dict()
+        self.after_warmup = {name: weight.detach().clone() for name, weight in weights.items()}
 
 
 def _fit_likelihood(model: PreTrainedModel, rows: HumanRows, pad_token_id: int, num_steps: int) -> None:

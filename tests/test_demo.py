@@ -152,3 +152,22 @@ def test_a_quick_demo_trains_audits_and_saves_what_loads(tiny_model_dir, tmp_pat
     assert "A latent task" in printed
     assert "thinks, at most" in printed
     assert Imitator.from_pretrained(out / "_thinking").latent is not None
+
+
+def test_a_demo_that_runs_out_of_time_in_the_warm_up_still_has_a_model_to_compare():
+    """On a machine at load 10 the deadline came at step 33 of 56, and there were no weights of the warm-up's end."""
+    import types
+
+    import torch
+    from transformers import TrainerControl
+
+    model = torch.nn.Linear(2, 2)
+    trainer = types.SimpleNamespace(model=model, phases=types.SimpleNamespace(imitator_warmup=56))
+    keeper, control = demo._Keeper(trainer, deadline=-1.0), TrainerControl()
+    state = types.SimpleNamespace(global_step=33)
+    keeper.on_step_begin(None, state, control)
+    assert not keeper.after_warmup
+    keeper.on_step_end(None, state, control)
+    assert control.should_training_stop
+    keeper.on_train_end(None, state, control)
+    assert torch.equal(keeper.after_warmup["weight"], model.weight)
