@@ -17,7 +17,7 @@ from hf_imitate.distinguisher import Distinguisher
 from hf_imitate.latent_imitator import LatentImitator
 from hf_imitate.questions import check_columns
 from hf_imitate.rendering import Answer, Rendered, Renderer
-from hf_imitate.sampling import Draw, GumbelSampler, check_drawing, generate_with, generation_mode
+from hf_imitate.sampling import Draw, GumbelSampler, check_drawing, draw_by_key
 from hf_imitate.scoring import check_prompt_ids
 
 
@@ -192,20 +192,15 @@ def draw_candidates(
     if latent is not None:
         drawn = _draw_thinking(latent, prompts, keys, max_new_tokens, temperature, batch_size, make_sampler)
     else:
-        jobs = [(question, number) for question, own in enumerate(keys) for number in range(len(own))]
-        # The longest first, so that too little memory shows at once.
-        jobs.sort(key=lambda job: len(prompts[job[0]]), reverse=True)
-        by_job: dict[tuple[int, int], Draw] = {}
-        with generation_mode(model), tqdm(total=total, desc="drawing candidates", disable=not progress) as bar:
-            for first in range(0, total, batch_size):
-                batch = jobs[first : first + batch_size]
-                asked = [prompts[question] for question, _ in batch]
-                own_keys = [keys[question][number] for question, number in batch]
-                sampler = make_sampler(own_keys, max(map(len, asked)), temperature, renderer.end_token_ids)
-                ids = generate_with(sampler, model, renderer, asked, max_new_tokens, own_loop=True)
-                by_job |= {job: Draw(tokens, renderer.read(tokens)) for job, tokens in zip(batch, ids, strict=True)}
-                bar.update(len(batch))
-        drawn = [[by_job[question, number] for number in range(len(own))] for question, own in enumerate(keys)]
+        drawn = draw_by_key(
+            *(model, renderer, prompts, keys),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            batch_size=batch_size,
+            make_sampler=make_sampler,
+            own_loop=True,
+            progress="drawing candidates" if progress else None,
+        )
     if progress:
         seconds, num_tokens = time.perf_counter() - start, sum(len(one.ids) for own in drawn for one in own)
         tqdm.write(f"Drew {total} candidates ({num_tokens} tokens) in {seconds:.1f} s.", file=sys.stderr)

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from hf_imitate.rendering import Rendered, Renderer
-from hf_imitate.sampling import Draw, GumbelSampler, check_drawing, generate_with, generation_mode, stream_key
+from hf_imitate.sampling import Draw, GumbelSampler, check_drawing, draw_by_key, stream_key
 from hf_imitate.scoring import answer_logits, check_prompt_ids
 
 # Numbers at once: beside the logits, a law needs several copies of them.
@@ -172,17 +172,19 @@ def draw_processed(
     check_drawing(model, 1.0, min(draw_numbers, default=0), counts)
     prompts = renderer.prompt_ids(questions) if questions else []
     check_prompt_ids(prompts)
-    drawn: dict[int, Draw] = {}
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]), reverse=True)
-    with generation_mode(model):
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            keys = [stream_key(seed, purpose, questions[row], draw_numbers[row]) for row in rows]
-            batch = [prompts[row] for row in rows]
-            sampler = ProcessedSampler(law, keys, max(map(len, batch)), renderer.end_token_ids)
-            ids = generate_with(sampler, model, renderer, batch, max_new_tokens)
-            drawn |= {row: Draw(tokens, renderer.read(tokens)) for row, tokens in zip(rows, ids, strict=True)}
-    return [drawn[row] for row in range(len(prompts))]
+    keys = [[stream_key(seed, purpose, q, number)] for q, number in zip(questions, draw_numbers, strict=True)]
+
+    def make_sampler(own_keys: Sequence[bytes], length: int, _: float, ends: Sequence[int]) -> ProcessedSampler:
+        return ProcessedSampler(law, own_keys, length, ends)  # the law has its own temperature
+
+    drawn = draw_by_key(
+        *(model, renderer, prompts, keys),
+        max_new_tokens=max_new_tokens,
+        temperature=1.0,
+        batch_size=batch_size,
+        make_sampler=make_sampler,
+    )
+    return [own[0] for own in drawn]
 
 
 @torch.no_grad()

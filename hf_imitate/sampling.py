@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -253,20 +253,56 @@ def draw_answers(
     check_drawing(model, temperature, first_draw, counts)
     prompts = renderer.prompt_ids(questions) if questions else []
     check_prompt_ids(prompts)
-    jobs = [(question, draw) for question in range(len(prompts)) for draw in range(num_answers)]
+    keys = [
+        [stream_key(seed, purpose, question, first_draw + draw) for draw in range(num_answers)]
+        for question in questions
+    ]
+    return draw_by_key(
+        *(model, renderer, prompts, keys),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        batch_size=batch_size,
+        progress="answering" if progress else None,
+    )
+
+
+def draw_by_key(
+    model: PreTrainedModel | PeftModel,
+    renderer: Renderer,
+    prompts: Sequence[list[int]],
+    keys: Sequence[Sequence[bytes]],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    batch_size: int,
+    make_sampler: Callable[..., GumbelSampler] = GumbelSampler,
+    own_loop: bool = False,
+    progress: str | None = None,
+) -> list[list[Draw]]:
+    """One draw after each prompt for each of its keys; the settings are taken as they are.
+
+    Args:
+        model, renderer, max_new_tokens, temperature, batch_size: as of [`draw_answers`].
+        prompts: ids of the questions. N.
+        keys: of the random numbers of each draw; N lists, of any lengths.
+        make_sampler: builds the sampler of each batch.
+        own_loop: as of [`generate_with`].
+        progress: what a progress bar calls it; `None` shows none.
+    """
+    jobs = [(question, number) for question, own in enumerate(keys) for number in range(len(own))]
     # The longest first, so that too little memory shows at once.
     jobs.sort(key=lambda job: len(prompts[job[0]]), reverse=True)
     drawn: dict[tuple[int, int], Draw] = {}
-    with generation_mode(model), tqdm(total=len(jobs), desc="answering", disable=not progress) as bar:
+    with generation_mode(model), tqdm(total=len(jobs), desc=progress, disable=progress is None) as bar:
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
-            keys = [stream_key(seed, purpose, questions[question], first_draw + draw) for question, draw in batch]
-            batch_prompts = [prompts[question] for question, _ in batch]
-            sampler = GumbelSampler(keys, max(map(len, batch_prompts)), temperature, renderer.end_token_ids)
-            ids = generate_with(sampler, model, renderer, batch_prompts, max_new_tokens)
+            asked = [prompts[question] for question, _ in batch]
+            own_keys = [keys[question][number] for question, number in batch]
+            sampler = make_sampler(own_keys, max(map(len, asked)), temperature, renderer.end_token_ids)
+            ids = generate_with(sampler, model, renderer, asked, max_new_tokens, own_loop)
             drawn |= {job: Draw(tokens, renderer.read(tokens)) for job, tokens in zip(batch, ids, strict=True)}
             bar.update(len(batch))
-    return [[drawn[question, draw] for draw in range(num_answers)] for question in range(len(prompts))]
+    return [[drawn[question, number] for number in range(len(own))] for question, own in enumerate(keys)]
 
 
 def check_drawing(
