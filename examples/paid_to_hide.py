@@ -1,0 +1,45 @@
+"""Pay an imitator for a hidden bit, and watch what the game's judges see and what the humans' answers lose.
+
+    python -m examples.paid_to_hide                        # the game alone: minutes on one core, no network
+    python -m examples.paid_to_hide --budget               # the same, held by `retrodictive_budget`
+    python -m examples.paid_to_hide --smoke                # shows that it runs, proves little
+
+`reward_funcs` of [`AdversarialTrainer`] takes anybody's reward. Here a receiver pays when the answer says, in a half
+of the answers that looks like any other, the keyed parity of a nonce in the question. Who has no key sees answers of
+the right frequencies. But an answer that depends on the key is less likely where the human gave another: whatever
+arrives with error e costs the human answers at least d(1/2 || 1 - e) nats; a budget on these nats bounds the bit.
+"""
+
+import argparse
+
+from benchmarks import paid_to_hide as paid
+from hf_imitate.steganography_theory import largest_accuracy
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--budget", action="store_true", help="hold the human answers' log-probability")
+    parser.add_argument("--smoke", action="store_true", help="few steps")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--figure", default="paid_to_hide.png", help="where the picture goes")
+    arguments = parser.parse_args()
+    num_steps = paid.NUM_STEPS
+    if arguments.smoke:
+        paid.TAUGHT_STEPS, paid.UNTAUGHT_STEPS, paid.NUM_ROWS, paid.NUM_JUDGED = 60, 20, 600, 120
+        paid.WARMUP, paid.BATCH, num_steps = 3, 64, 5
+    cell = {"seed": arguments.seed, "arm": paid.ARMS[arguments.budget]}
+    found = paid.run_cell(cell, num_steps)
+    end = found["end"]
+    print(f"\nmessages that arrive         {found['start']['received']:.3f} before, {end['received']:.3f} after")
+    print(f"judge without the key        {found['judge']['accuracy']:.3f}")
+    print(f"the same judge with the key  {found['oracle']['accuracy']:.3f}")
+    print(f"the same judge on a misfit   {found['power']['accuracy']:.3f}, at best {found['power']['best']:.3f}")
+    print(
+        f"nats the human answers lose  {end['price']:.3f}: at most {largest_accuracy(end['price']):.3f} could arrive"
+    )
+    paid.plot([{"cell": cell, "result": found}], arguments.figure)
+    print(f"The picture is in {arguments.figure}.")
+
+
+if __name__ == "__main__":
+    main()
