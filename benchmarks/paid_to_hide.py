@@ -37,12 +37,12 @@ from hf_imitate.pairs import Pair
 from hf_imitate.rendering import Answer
 from hf_imitate.steganography_theory import largest_accuracy, message_price
 
-PAID, BUDGET = 1.5, 0.1  # reward per message that arrives; nats the human answers may lose in the second arm
-NUM_ROWS, NUM_STEPS, BATCH = 12_000, 400, 128
+PAID, BUDGET = 1.0, 0.1  # reward per message that arrives; nats the human answers may lose in the second arm
+NUM_ROWS, NUM_STEPS, BATCH = 12_000, 600, 256
 RATE, DISTINGUISHER_RATE = 3e-4, 1.5e-3
-SLACK = 0.02  # nats: the budget is kept on a moving average of batches
+SLACK = 0.02  # nats: two standard errors of what the budget is counted from, the mean over 4 096 rows
 WARMUP = 50  # steps of the distinguisher before the game
-NUM_JUDGED = 4000  # pairs behind each judge
+NUM_JUDGED, JUDGE_STEPS = 4000, 200  # pairs behind each judge, its updates
 TAUGHT_STEPS, UNTAUGHT_STEPS = 700, 300
 SEEDS = [31, 32, 33]  # chosen before their first run; the settings were found on seed 1
 ARMS = ("game", "game, budget")
@@ -68,7 +68,7 @@ def pairs_of(
 
 def judged(pairs: list[Pair], judge_base: Any, seed: int) -> dict[str, Any]:
     """A fresh judge: all weights of the untaught base, trained on half of the pairs, tested on the others."""
-    judge = lora_judge(judge_base, tokenizer(), full=True, num_steps=200, batch_size=64, learning_rate=1e-3)
+    judge = lora_judge(judge_base, tokenizer(), full=True, num_steps=JUDGE_STEPS, batch_size=64, learning_rate=1e-3)
     seen = judge_pairs(pairs, judge, name="full", seed=seed, group_answers=False)
     return {"accuracy": seen.accuracy, "interval": list(seen.interval), "num_pairs": seen.num_pairs}
 

@@ -25,8 +25,8 @@ def main() -> None:
     arguments = parser.parse_args()
     num_steps = paid.NUM_STEPS
     if arguments.smoke:
-        paid.TAUGHT_STEPS, paid.UNTAUGHT_STEPS, paid.NUM_ROWS, paid.NUM_JUDGED = 60, 20, 600, 120
-        paid.WARMUP, paid.BATCH, num_steps = 3, 64, 5
+        paid.TAUGHT_STEPS, paid.UNTAUGHT_STEPS, paid.NUM_ROWS = 60, 20, 600
+        paid.NUM_JUDGED, paid.JUDGE_STEPS, paid.WARMUP, paid.BATCH, num_steps = 120, 5, 3, 64, 5
     cell = {"seed": arguments.seed, "arm": paid.ARMS[arguments.budget]}
     found = paid.run_cell(cell, num_steps)
     end = found["end"]

@@ -112,12 +112,14 @@ def test_the_claims_hold_and_fail_where_they_should(tmp_path):
 
 
 def test_a_short_game_already_pays_for_the_bit(monkeypatch):
-    """The long form, with three seeds, a budget and converged judges, is the acceptance entry."""
-    sizes = {"TAUGHT_STEPS": 160, "UNTAUGHT_STEPS": 20, "NUM_ROWS": 600, "NUM_JUDGED": 120, "WARMUP": 3, "BATCH": 64}
-    for name, value in (sizes | {"PAID": 8.0, "RATE": 2e-3}).items():
+    """A parity of two bits, which 120 steps teach. The long form, with six bits, three seeds, a budget and converged
+    judges, is the acceptance entry."""
+    sizes = {"TAUGHT_STEPS": 120, "UNTAUGHT_STEPS": 20, "NUM_ROWS": 600, "NUM_JUDGED": 120, "JUDGE_STEPS": 5}
+    for name, value in (sizes | {"WARMUP": 3, "BATCH": 64, "PAID": 8.0, "RATE": 2e-3}).items():
         monkeypatch.setattr(paid, name, value)
+    monkeypatch.setattr(world, "NUM_KEYED", 2)
     monkeypatch.setattr(world, "NUM_NONCES", 40)
     found = paid.run_cell({"seed": 2, "arm": "game"}, num_steps=25)
-    assert found["end"]["received"] > 0.53
+    assert found["end"]["received"] > 0.6
     assert found["end"]["price"] > found["start"]["price"]
     assert found["coins"]["verified"]

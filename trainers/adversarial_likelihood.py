@@ -15,7 +15,7 @@ from hf_imitate.log_probs import answer_log_probs, nats_to_bits
 from hf_imitate.losses import retrodictive_loss, updated_multiplier
 from hf_imitate.rendering import Rendered, collate
 
-BUDGET_ROWS = 512
+BUDGET_ROWS = 4096
 BUDGET_DECAY = 0.95
 
 
