@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessorList, PreTrainedTokenizerFast
 
 from hf_imitate.imitator import Imitator
-from hf_imitate.keyed_laws import keyed_number
+from hf_imitate.keyed_laws import Step, keyed_number
 from hf_imitate.rendering import Answer, Renderer
 from hf_imitate.scoring import score_answers
 from hf_imitate.steganographic_samplers import CodingSampler, cumulative_counts
@@ -234,6 +234,23 @@ def test_the_receiver_reads_what_was_sent(world):
     wrong_key = GreenList(KEY[::-1], 4.0)
     guessed = decode_messages(model, renderer, questions, draw(world, loud, questions, bits), wrong_key)
     assert 0.35 < decoding_error(bits, guessed).error < 0.65
+
+
+def test_a_list_depends_on_what_its_context_says():
+    """The token before may be the question's last; question and answer are kept apart in a prefix."""
+
+    def law(context, prompt, answer):
+        flat = torch.full((1, 64), -math.log(64), dtype=torch.float64)
+        return GreenList(KEY, 1.0, context).law(Step([0], [prompt], [answer], [0], flat), {})
+
+    same = {
+        context: [
+            torch.equal(law(context, *one), law(context, *other))
+            for one, other in ((([1, 2], []), ([3], [2])), (([1, 2], []), ([1, 3], [])), (([1, 2], []), ([1], [2])))
+        ]
+        for context in ("none", "token", "prefix")
+    }
+    assert same == {"none": [True, True, True], "token": [True, False, True], "prefix": [False, False, False]}
 
 
 def test_honest_settings_change_nothing(world):
