@@ -163,6 +163,7 @@ def run_cell(cell: dict[str, Any], num_steps: int = NUM_STEPS) -> dict[str, Any]
             distinguisher_learning_rate=2e-3,
             imitator_warmup_steps=250 if likelihood_only else 0,
             imitator_warmup_learning_rate=1e-3,
+            distinguisher_lm_warmup_steps=0,
             distinguisher_warmup_steps=0 if likelihood_only else 50,
             distinguisher_steps=3,
             retrodictive_coef=0.0,

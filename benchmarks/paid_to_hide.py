@@ -109,6 +109,7 @@ def settings(seed: int, arm: str, folder: str, num_steps: int) -> AdversarialCon
         adam_beta2=0.99,
         distinguisher_learning_rate=DISTINGUISHER_RATE,
         imitator_warmup_steps=0,
+        distinguisher_lm_warmup_steps=0,
         distinguisher_warmup_steps=WARMUP,
         distinguisher_steps=3,
         replay_ratio=0.5,

@@ -48,6 +48,12 @@ class AuditArguments:
     seed: int = field(default=0, metadata={"help": "of every draw, split and control"})
     output_dir: str = field(default="audit", metadata={"help": "where the report goes"})
     batch_size: int = field(default=64, metadata={"help": "most answers at once"})
+    resample: int | None = field(
+        default=None, metadata={"help": "audit answers that the distinguisher keeps, each out of so many; default 1"}
+    )
+    num_estimates: int | None = field(
+        default=None, metadata={"help": "with --resample, sets of candidates behind each log-probability; default 8"}
+    )
     temperature: float | None = field(default=None, metadata={"help": "of the law that is sampled and scored"})
     top_k: int | None = field(default=None, metadata={"help": "of that law; by default untruncated"})
     top_p: float | None = field(default=None, metadata={"help": "of that law; by default untruncated"})
@@ -98,6 +104,7 @@ def make_parser() -> "TrlParser":
 
 def _run(args: AuditArguments) -> Any:
     from hf_imitate.audits.run import audit
+    from hf_imitate.residual_imitator import DEFAULT_NUM_ESTIMATES_RESAMPLED
 
     dataset = _load(args, args.dataset_test_split)
     train = None if args.dataset_train_split is None else _load(args, args.dataset_train_split)
@@ -111,6 +118,8 @@ def _run(args: AuditArguments) -> Any:
         train_dataset=train,
         base=args.base,
         judges=args.judges,
+        resample=1 if args.resample is None else args.resample,
+        num_estimates=DEFAULT_NUM_ESTIMATES_RESAMPLED if args.num_estimates is None else args.num_estimates,
         generation_config=decoding or None,
         by=args.by,
         human_entropy=_number_or_word(args.human_entropy),

@@ -5,21 +5,42 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from hf_imitate.repo_checks import check_model_config, check_repo
+
+ADAPTER_FILE = "adapter_model.safetensors"
 
 # Weights in other formats, training states and checkpoints are never read, so they are not downloaded either.
-_NOT_NEEDED = ["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "original/*", "checkpoint-*"]
+_NOT_NEEDED = [
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.h5",
+    "*.msgpack",
+    "*.onnx",
+    "*.gguf",
+    "original/*",
+    "checkpoint-*",
+    "last-checkpoint/*",
+]
 
 
 def repo_folder(repo: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a repo, downloaded where `repo` is a Hub id.
+    """The local folder of a repo, downloaded where `repo` is a Hub id. Its small files were read, and can be trusted.
 
     Raises:
         FileNotFoundError: `repo` is no local folder and cannot be had from the Hub.
+        UnsafeRepoError: one of its files could harm whoever loads it, see [`~hf_imitate.repo_checks`].
     """
-    if Path(repo).is_dir():
-        return Path(repo)
+    folder = Path(repo) if Path(repo).is_dir() else _downloaded(repo, revision)
+    check_repo(folder)
+    return folder
+
+
+def _downloaded(repo: str | Path, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(str(repo), revision=revision, ignore_patterns=_NOT_NEEDED))
     except (ValueError, FileNotFoundError) as error:  # no repo id at all; not in the cache and no network
@@ -27,6 +48,43 @@ def repo_folder(repo: str | Path, revision: str | None = None) -> Path:
             f"`{repo}` is neither a local folder nor a Hub repo that can be reached from here. Check its spelling; "
             "without a network, give a local folder or a repo that is in the cache."
         ) from error
+
+
+def commit_of(repo: str) -> str | None:
+    """The commit of a Hub repo that a model was loaded from, where the cache leaves no doubt; else `None`.
+
+    transformers no longer notes it in a model's config. Where the cache holds one commit of the repo, it was that one;
+    of several it cannot be told which.
+    """
+    if not repo or Path(repo).is_dir():
+        return None
+    try:
+        snapshot = Path(snapshot_download(repo, allow_patterns=["config.json"], local_files_only=True))
+    except (ValueError, FileNotFoundError):  # no repo id; not in the cache
+        return None
+    return snapshot.name if len(list(snapshot.parent.iterdir())) == 1 else None
+
+
+def hub_checkpoint(repo: str, revision: str | None = None) -> Path:
+    """The newest checkpoint of a run in a Hub repo, `last-checkpoint/` where there is one, downloaded.
+
+    Raises:
+        FileNotFoundError: `repo` cannot be had from the Hub, or holds no checkpoint.
+    """
+    patterns = ["last-checkpoint/*", "checkpoint-*/*"]
+    try:
+        root = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    except (ValueError, FileNotFoundError) as error:
+        raise FileNotFoundError(f"`{repo}` is no Hub repo that can be reached from here.") from error
+    last = root / "last-checkpoint"
+    found = [last] if last.is_dir() else sorted(root.glob("checkpoint-*"), key=lambda path: int(path.name[11:] or 0))
+    if not found:
+        raise FileNotFoundError(
+            f"`{repo}` holds no checkpoint to go on from; `push_folder(checkpoint, repo, "
+            "checkpoint_name='last-checkpoint')` puts one there. To train its imitator further from its weights "
+            "alone, load it as `model`."
+        )
+    return found[-1]
 
 
 def load_causal_lm(
@@ -48,7 +106,7 @@ def load_causal_lm(
 
     Raises:
         FileNotFoundError: the folder holds neither; the message says what was found.
-        ValueError: the weights are those of another kind of model, or an adapter names no base.
+        ValueError: the weights are those of another kind of model or do not fit it, or an adapter names no base.
     """
     device = torch.device(device) if device is not None else _default_device()
     loading = {"dtype": dtype or (torch.float32 if device.type == "cpu" else "auto")}
@@ -58,7 +116,7 @@ def load_causal_lm(
         base = _load_complete(base_source, loading)
         if (folder / "generation_config.json").is_file():
             base.generation_config = GenerationConfig.from_pretrained(str(folder))
-        model = PeftModel.from_pretrained(base, str(folder))
+        model = _with_adapter(base, folder)
         if not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
             source = base_source
     elif (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
@@ -92,7 +150,34 @@ def _base_of_adapter(folder: Path) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": config.base_model_name_or_path, "revision": config.revision or "main"}
 
 
+def _with_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
+    with safe_open(folder / ADAPTER_FILE, framework="pt") as stored:
+        names = set(stored.keys())
+        if not all(bool(stored.get_tensor(name).isfinite().all()) for name in names):
+            raise ValueError(
+                f"{ADAPTER_FILE} in {folder} holds numbers that are not finite. Save or download it again."
+            )
+    try:
+        model = PeftModel.from_pretrained(base, str(folder))
+    except (RuntimeError, KeyError) as error:  # sizes that do not fit; a kind of adapter that PEFT does not know
+        raise ValueError(
+            f"The adapter in {folder} does not fit its base ({type(error).__name__}). Load it with the base that it "
+            "was trained on, as its `adapter_config.json` names it."
+        ) from error
+    # PEFT only warns where weights are missing, and what it leaves out would answer as the base does.
+    missing = sorted(set(get_peft_model_state_dict(model, save_embedding_layers=False)) - names)
+    if missing:
+        raise ValueError(
+            f"{ADAPTER_FILE} in {folder} lacks {len(missing)} weights that its `adapter_config.json` speaks of, among "
+            f"them {missing[0]}. Save or download it again."
+        )
+    return model
+
+
 def _load_complete(source: dict[str, Any], loading: dict[str, Any]) -> PreTrainedModel:
+    asked = {key: value for key, value in source.items() if key != "pretrained_model_name_or_path"}
+    values, _ = PretrainedConfig.get_config_dict(source["pretrained_model_name_or_path"], **asked)
+    check_model_config(values)
     model, info = AutoModelForCausalLM.from_pretrained(
         **source, **loading, trust_remote_code=False, use_safetensors=True, output_loading_info=True
     )

@@ -14,6 +14,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from hf_imitate.repo_checks import check_model_config
+
 HEAD_STD = 0.02  # not zero: a zero head on LoRA's zero B matrix is a saddle point
 
 
@@ -57,16 +59,29 @@ def classifier_around(model: PreTrainedModel, copy_body: bool = False) -> PreTra
 
 
 def load_classifier(name_or_path: str, **loading: Any) -> PreTrainedModel:
-    """A sequence classifier with one label: the one stored there, or a new head on the causal LM stored there.
+    """A sequence classifier with one label: the one stored there, or a new head on the causal LM stored there."""
+    body = load_body(name_or_path, **loading)
+    return body if is_classifier(body) else classifier_around(body)
+
+
+def load_body(name_or_path: str, **loading: Any) -> PreTrainedModel:
+    """What is stored there: a sequence classifier, loaded with one label, or a causal LM.
 
     A causal LM is loaded as such and then given its head, since loading it as a classifier reports weights as missing.
     """
+    revision = loading.get("revision")
+    check_model_config(PreTrainedConfig.get_config_dict(name_or_path, revision=revision)[0])
     config = AutoConfig.from_pretrained(
-        name_or_path, revision=loading.get("revision"), trust_remote_code=loading["trust_remote_code"]
+        name_or_path, revision=revision, trust_remote_code=loading["trust_remote_code"]
     )
     if is_classifier_config(config):
         return AutoModelForSequenceClassification.from_pretrained(name_or_path, num_labels=1, **loading)
-    return classifier_around(AutoModelForCausalLM.from_pretrained(name_or_path, **loading))
+    return AutoModelForCausalLM.from_pretrained(name_or_path, **loading)
+
+
+def is_classifier(model: PreTrainedModel) -> bool:
+    """Whether a model is a sequence classifier."""
+    return type(model).__name__.endswith("ForSequenceClassification")
 
 
 def is_classifier_config(config: PreTrainedConfig) -> bool:

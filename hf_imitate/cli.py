@@ -74,6 +74,12 @@ def _audit(argv: list[str]) -> int:
     return run_audit(argv)
 
 
+def _card(argv: list[str]) -> int:
+    from hf_imitate.card_cli import main as run_card
+
+    return run_card(argv)
+
+
 def _train(name: str, argv: list[str]) -> int:
     from hf_imitate.train_cli import train
 
@@ -93,6 +99,7 @@ COMMANDS: dict[str, Command] = {
         "Train an imitator that thinks before it answers (LatentRetrodictiveTrainer).", partial(_train, "latent")
     ),
     "audit": Command("Audit any causal LM against what people answered; every claim with a confidence.", _audit),
+    "card": Command("Write a folder's card again from its own files; --merge writes weights without PEFT.", _card),
 }
 """Every command, by the word that calls it."""
 

@@ -17,9 +17,10 @@ from transformers.trainer_callback import PrinterCallback
 
 from hf_imitate.audits.report import AuditReport
 from hf_imitate.audits.run import audit
-from hf_imitate.demo_report import Measured, System, read_scores, report
+from hf_imitate.demo_report import Measured, Resampled, System, read_scores, report
 from hf_imitate.demo_thinking import show, think
 from hf_imitate.docstrings import load_docstrings
+from hf_imitate.hub_cards.card_file import write_card
 from hf_imitate.human_rows import HumanRows
 from hf_imitate.imitator import Imitator
 from hf_imitate.log_probs import answer_log_probs, nats_to_bits
@@ -37,6 +38,8 @@ BATCH, NUM_GENERATIONS = 32, 4
 WARMUP_RATE, GAME_RATE = 1e-3, 1e-4
 # Seconds on two cores. What is left of twelve minutes belongs to later parts of the demo and to slow machines.
 BASE_SECONDS, TRAINING_SECONDS, JUDGING_SECONDS, THINKING_SECONDS = 180.0, 240.0, 120.0, 45.0
+RESAMPLING_SECONDS = 50.0
+RESAMPLE, NUM_ESTIMATES, NUM_TIMED = 8, 2, 16  # few estimates: the bits are a little too many, and say by how much
 SHARES = {"imitator_warmup": 0.33, "distinguisher_warmup": 0.10, "game": 0.45, "control": 0.12}
 
 
@@ -75,9 +78,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _stage("Auditing"):
         systems = choose_systems(models, saved, dataset["test"].select(range(first_choosing, len(dataset["test"]))))
         measured = measure(systems, audited, dataset["train"], output_dir, JUDGING_SECONDS / args.speed_up, args.seed)
-    report(measured, audited, output_dir, args.seed)
+    with _stage(f"Keeping one of {RESAMPLE} answers"):
+        seconds = RESAMPLING_SECONDS / args.speed_up
+        resampled = measure_resampled(measured[-1], audited, dataset["train"], output_dir, seconds, args.seed)
+    report(measured, resampled, audited, output_dir, args.seed)
     with _stage("A latent task"):
         show(think(output_dir / "_thinking", THINKING_SECONDS / args.speed_up, args.seed))
+    with _stage("The card"):
+        card = write_card(output_dir, dataset_name="docstrings", answered_by="the authors of the docstrings")
+        print(card.read_text(encoding="utf-8"))
     print(f"\nDone in {(time.perf_counter() - began) / 60:.1f} minutes. Everything is in {output_dir}/")
     return 0
 
@@ -321,25 +330,11 @@ def measure(
         output_dir: the demo's folder.
         seconds: time for all of it; on a slow machine fewer questions are asked.
     """
-    known = train_rows.select_columns(["prompt", "completion"])
-    asked = rows.select_columns(["prompt", "completion"])
-
-    def audited(system: System, num_questions: int, folder: Path | None) -> AuditReport:
-        return audit(
-            system.imitator,
-            asked.select(range(num_questions)),
-            known,
-            generation_config={"temperature": system.temperature, "max_new_tokens": ANSWER_TOKENS},
-            seed=seed,
-            output_dir=folder,
-            batch_size=128,
-            progress=False,
-        )
-
+    known, asked = (part.select_columns(["prompt", "completion"]) for part in (train_rows, rows))
     began = time.perf_counter()
     for _ in range(2):  # the first loads what later ones find loaded
         probing = time.perf_counter()
-        audited(systems[0], NUM_PROBED, None)
+        _audited(systems[0], asked.select(range(NUM_PROBED)), known, None, seed)
     spent = time.perf_counter() - probing
     left = began + seconds - time.perf_counter()
     fitting = int(left / len(systems) / (spent / NUM_PROBED))
@@ -349,6 +344,53 @@ def measure(
     for number, system in enumerate(tqdm(systems, desc="auditing")):
         # A push leaves behind what starts with an underscore.
         folder = output_dir / ("audit" if system is systems[-1] else f"_rivals/{number}")
-        found = audited(system, num_questions, folder)
+        found = _audited(system, asked.select(range(num_questions)), known, folder, seed)
         measured.append(Measured(system, found, read_scores(folder / "scores.parquet")))
     return measured
+
+
+def measure_resampled(
+    single: Measured, rows: Dataset, train_rows: Dataset, output_dir: Path, seconds: float, seed: int
+) -> Resampled:
+    """Audit answers that the distinguisher keeps, and single draws, on as many questions as fit into the time.
+
+    Args:
+        single: the imitator, as it was saved, and what was found of it; no other questions are asked.
+        rows, train_rows, output_dir, seed: as of [`measure`].
+        seconds: time for it; on a slow machine fewer questions are asked, but never below `FEWEST_AUDITED`.
+    """
+    known, asked = (part.select_columns(["prompt", "completion"]) for part in (train_rows, rows))
+    law = single.system.imitator.residual(RESAMPLE, max_new_tokens=ANSWER_TOKENS)
+    began = time.perf_counter()
+    law.answer(asked["prompt"][:NUM_TIMED], seed=seed, batch_size=128)
+    seconds_per_draw = (time.perf_counter() - began) / NUM_TIMED / RESAMPLE
+    # Those of which one is kept, the same drawn again by re-execution, and those that the scores rest on.
+    num_draws = 2 * RESAMPLE + NUM_ESTIMATES * (RESAMPLE - 1)
+    num_asked = len(single.scores["question"])
+    num_questions = min(num_asked, max(int(seconds / (seconds_per_draw * num_draws)), FEWEST_AUDITED))
+    print(f"{num_questions} questions, {num_draws} answers to each.")
+
+    def measured(system: System, folder: Path) -> Measured:
+        found = _audited(system, asked.select(range(num_questions)), known, folder, seed)
+        return Measured(system, found, read_scores(folder / "scores.parquet"))
+
+    name = f"{single.system.name}, resample {RESAMPLE}"
+    kept = measured(single.system._replace(name=name, resample=RESAMPLE), output_dir / "_rivals" / "resampled")
+    if num_questions < num_asked:
+        single = measured(single.system, output_dir / "_rivals" / "single")
+    return Resampled(kept, single)
+
+
+def _audited(system: System, rows: Dataset, known: Dataset, folder: Path | None, seed: int) -> AuditReport:
+    return audit(
+        system.imitator,
+        rows,
+        known,
+        resample=system.resample,
+        num_estimates=NUM_ESTIMATES,
+        generation_config={"temperature": system.temperature, "max_new_tokens": ANSWER_TOKENS},
+        seed=seed,
+        output_dir=folder,
+        batch_size=128,
+        progress=False,
+    )

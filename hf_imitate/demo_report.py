@@ -21,11 +21,12 @@ WIDTH = 110
 
 
 class System(NamedTuple):
-    """A way to answer the held-out questions: an imitator at a temperature."""
+    """A way to answer the held-out questions: an imitator at a temperature, one answer kept out of `resample`."""
 
     name: str
     imitator: Imitator
     temperature: float
+    resample: int = 1
 
 
 class Measured(NamedTuple):
@@ -54,6 +55,13 @@ class Measured(NamedTuple):
         return max((bound for bound in bounds if bound is not None), default=None)
 
 
+class Resampled(NamedTuple):
+    """The imitator whose distinguisher keeps one of several answers, and its single draws on the same questions."""
+
+    kept: Measured
+    single: Measured
+
+
 def read_scores(path: Path) -> dict[str, np.ndarray]:
     """The columns of an audit's `scores.parquet`."""
     shows_bars = not are_progress_bars_disabled()
@@ -67,12 +75,13 @@ def read_scores(path: Path) -> dict[str, np.ndarray]:
             enable_progress_bars()
 
 
-def report(measured: list[Measured], rows: Dataset, output_dir: Path, seed: int) -> None:
+def report(measured: list[Measured], resampled: Resampled, rows: Dataset, output_dir: Path, seed: int) -> None:
     """Print the table, a verdict, the imitator's audit and ten answers; write table, picture and numbers."""
-    lines, imitator = table(measured), measured[-1]
+    lines, imitator = table([*measured, resampled.kept]), measured[-1]
     print("\n" + "\n".join(lines))
     print(textwrap.fill(LEGEND, WIDTH))
     print("\n" + verdict(measured))
+    print("\n" + verdict_on_resampling(resampled))
     print(f"\nThe imitator's audit ({output_dir}/audit/audit.md has every number):")
     for sentence in summary(imitator.report):
         print(textwrap.fill(sentence, WIDTH, initial_indent="* ", subsequent_indent="  "))
@@ -82,7 +91,9 @@ def report(measured: list[Measured], rows: Dataset, output_dir: Path, seed: int)
     for row, drawn in zip(chosen, answers, strict=True):
         print(f"\n  {row['prompt'].strip()}\n    human:    {row['completion']}\n    imitator: {drawn[0]}")
     (output_dir / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (output_dir / "demo.json").write_text(json.dumps([_as_json(m) for m in measured], indent=2), encoding="utf-8")
+    (output_dir / "demo.json").write_text(
+        json.dumps([_as_json(m) for m in [*measured, resampled.kept]], indent=2), encoding="utf-8"
+    )
     plot_frontier([_as_figure_row(m) for m in measured], output_dir / "frontier.png")
     print(f"\nThe pictures: {output_dir}/frontier.png, and three in {output_dir}/audit/")
 
@@ -91,7 +102,9 @@ LEGEND = (
     "bits: of one human answer under the law that is sampled from, fewer are better. 'picks the human': how often a "
     "judge does, trained afresh on some of the held-out questions, on others (0.5 is chance); intervals hold at 95 %, "
     "each on its own, over questions. 'proven distance': total variation between its answers and people's is at least "
-    "so much; certain at 95 % of all that one audit certifies, and 0 proves nothing."
+    "so much; certain at 95 % of all that one audit certifies, and 0 proves nothing. 'resample 8': the distinguisher "
+    "keeps one of 8 answers. Its bits are estimates, rather too many; its judges learned from fewer questions, so it "
+    "is to be compared with single draws below, not with the rows above."
 )
 
 
@@ -201,6 +214,23 @@ def verdict(measured: list[Measured]) -> str:
     return "\n".join(sentences)
 
 
+def verdict_on_resampling(resampled: Resampled) -> str:
+    """In plain words, whether keeping one of several answers beat single draws on the same questions."""
+    kept, single = resampled
+    confidence = 1 - (1 - CONFIDENCE) / (len(kept.judges) + 1)
+    sentences = [
+        f"Where the distinguisher keeps one of {kept.system.resample} answers, on {len(kept.scores['question'])} of "
+        f"the questions, against single draws there (all intervals together at {CONFIDENCE:.0%}):"
+    ]
+    for name, found in differences(kept, single, confidence).items():
+        low, high = found.interval
+        what, digits = ("bits of a human answer", 2) if name == "bits" else (f"the {name} judge is right", 3)
+        words = ("fewer", "more") if name == "bits" else ("less often", "more often")
+        certain = words[0] if high < 0 else words[1] if low > 0 else "which way is not certain"
+        sentences.append(f"* {what}: {found.value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}], {certain}.")
+    return "\n".join(sentences)
+
+
 def _ranked(against: dict[str, ClusterEstimate], words: tuple[str, str], digits: int) -> str:
     """Better than all, worse than those named, or neither, with the differences that say so."""
 
@@ -226,7 +256,8 @@ _KEPT = ("paired_accuracy/", "tv_lower/", "judge_bits/", "e_value/", "bits_per_a
 
 def _as_json(m: Measured) -> dict[str, Any]:
     findings = [finding.to_dict() for finding in m.report.findings if finding.name.startswith(_KEPT)]
-    return {"system": m.system.name, "temperature": m.system.temperature, "findings": findings}
+    told = {"system": m.system.name, "temperature": m.system.temperature, "resample": m.system.resample}
+    return {**told, "num_rows": len(m.scores["question"]), "findings": findings}
 
 
 def _as_figure_row(m: Measured) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The human-or-imitator classifier: one logit per (question, answer), high means human; and how it is fitted."""
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,15 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from hf_imitate.checks import Check, check_names, check_outcomes
-from hf_imitate.classifier import adapter_config, classifier_around, load_classifier, new_head, without_dropout
-from hf_imitate.distinguisher_files import (
-    can_share,
-    distinguisher_folder,
-    load_model,
-    load_shared_adapter,
-    read_settings,
-    write_distinguisher,
+from hf_imitate.classifier import (
+    adapter_config,
+    classifier_around,
+    is_classifier,
+    load_body,
+    new_head,
+    without_dropout,
 )
+from hf_imitate.distinguisher_files import write_distinguisher
 from hf_imitate.distinguisher_fit import FitReport, fit, mean_loss_and_accuracy
 from hf_imitate.rendering import Answer, Rendered, Renderer, canonical_text, collate, end_token_ids
 
@@ -79,7 +80,7 @@ class Distinguisher:
         end_ids: Sequence[int] | None = None,
         completion_role: str = "assistant",
     ):
-        self.model, self.tokenizer, self.adapter_name, self.checks = model, tokenizer, adapter_name, tuple(checks)
+        self.model, self.tokenizer, self.adapter_name = model, tokenizer, adapter_name
         if adapter_name is None:
             without_dropout(model)
         core = self._core()
@@ -92,11 +93,10 @@ class Distinguisher:
         self.head: nn.Module = head
         ends = end_token_ids(tokenizer, getattr(core, "generation_config", None)) if end_ids is None else end_ids
         self.renderer = Renderer(tokenizer, ends, max_answer_tokens, chat_template_kwargs, completion_role)
-        weights = dict.fromkeys(check_names(checks), 0.0) if check_weights is None else check_weights
-        self.check_names = tuple(weights)
-        self.check_weights = nn.Parameter(torch.tensor(list(weights.values()), dtype=torch.float32))
-        self.check_weights.data = self.check_weights.data.to(self.device)
+        self.take_checks(checks, check_weights)
         self.autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+        # The causal LM around the classifier's body, where somebody may still fit the body by likelihood.
+        self.language_model: PreTrainedModel | None = None
 
     # --- how to make one
 
@@ -122,6 +122,7 @@ class Distinguisher:
         peft_config: PeftConfig | None = None,
         seed: int | None = 0,
         revision: str | None = None,
+        keep_language_model: bool = False,
         **kwargs,
     ) -> "Distinguisher":
         """A separate classifier that starts from a language model's weights; the language model is left alone.
@@ -131,6 +132,8 @@ class Distinguisher:
             tokenizer: its tokenizer; loaded from the repo if `model` is a string.
             peft_config: adapter to train; `None` trains all weights.
             seed: seeds head and adapter; `None` leaves the global random state in charge.
+            keep_language_model: keep, as `language_model`, the causal LM around the very body that classifies, so
+                that likelihood can fit the body first ([`~hf_imitate.distinguisher_body.BodyLearner`]).
         """
         with torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
@@ -138,17 +141,21 @@ class Distinguisher:
             if isinstance(model, str):
                 loading = {"revision": revision, "trust_remote_code": False}
                 tokenizer = tokenizer or AutoTokenizer.from_pretrained(model, **loading)
-                classifier = load_classifier(model, dtype=torch.float32, **loading)
+                source = load_body(model, dtype=torch.float32, **loading)
+                classifier = source if is_classifier(source) else classifier_around(source)
                 classifier.score = new_head(classifier.config.get_text_config().hidden_size, classifier.device)
             else:
-                classifier = classifier_around(model, copy_body=True)
+                source = copy.deepcopy(model) if keep_language_model else model
+                classifier = classifier_around(source, copy_body=source is model)
             classifier.requires_grad_(True)
             # A classifier's own pooling looks for the pad id; unequal to the end token, it finds the end marker.
             classifier.config.pad_token_id = tokenizer.pad_token_id
             if peft_config is not None:
                 config = adapter_config(peft_config, task_type="SEQ_CLS", modules_to_save=["score"])
                 classifier = get_peft_model(classifier, config)
-        return cls(classifier, tokenizer, **kwargs)
+        distinguisher = cls(classifier, tokenizer, **kwargs)
+        distinguisher.language_model = source if keep_language_model and not is_classifier(source) else None
+        return distinguisher
 
     @classmethod
     def from_pretrained(
@@ -175,29 +182,18 @@ class Distinguisher:
             FileNotFoundError: there is no distinguisher there.
             ValueError: `checks` are not those it was trained with.
         """
-        folder, root = distinguisher_folder(repo, revision)
-        stored = read_settings(folder)
-        tokenizer_folder = folder if (folder / "tokenizer_config.json").is_file() else root
-        tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_folder), trust_remote_code=False)
-        settings = {
-            "check_weights": stored["checks"],
-            "max_answer_tokens": stored["max_answer_tokens"],
-            "chat_template_kwargs": stored["chat_template_kwargs"],
-            "end_ids": stored["end_token_ids"],
-            "completion_role": stored.get("completion_role", "assistant"),
-        }
-        if base is not None and can_share(base, folder):
-            config = PeftConfig.from_pretrained(str(folder))
-            distinguisher = cls.on_shared_base(base, tokenizer, config, **settings)
-            load_shared_adapter(distinguisher, folder)
-        else:
-            model = load_model(folder, dtype)
-            core = model.get_base_model() if isinstance(model, PeftModel) else model
-            core.config.pad_token_id = tokenizer.pad_token_id
-            distinguisher = cls(model if device is None else model.to(device), tokenizer, **settings)
-        if checks:
-            distinguisher.set_checks(checks)
-        return distinguisher
+        # Here, since the other kinds of distinguisher are made of this one.
+        from hf_imitate.distinguisher_loading import load_distinguisher
+
+        return load_distinguisher(repo, checks, device, dtype, revision, base)
+
+    def take_checks(self, checks: Sequence[Check], check_weights: dict[str, float] | None) -> None:
+        """Begin with these checks, and with the weights given by name or else 0."""
+        weights = dict.fromkeys(check_names(checks), 0.0) if check_weights is None else check_weights
+        self.checks = tuple(checks)
+        self.check_names = tuple(weights)
+        self.check_weights = nn.Parameter(torch.tensor(list(weights.values()), dtype=torch.float32))
+        self.check_weights.data = self.check_weights.data.to(self.device)
 
     def set_checks(self, checks: Sequence[Check]) -> None:
         """Score with these checks: the ones it was trained with, or, if it had none, new ones at weight 0.
@@ -220,6 +216,8 @@ class Distinguisher:
     def place(self, device: torch.device, autocast: Callable, gradient_checkpointing: bool) -> None:
         """Make ready for training on `device` under `autocast`; a shared base is its owner's to place."""
         self.autocast = autocast
+        if self.language_model is not None:
+            self.language_model.to(device)
         if self.adapter_name is None:
             self.model.to(device)
             if gradient_checkpointing:
@@ -244,6 +242,10 @@ class Distinguisher:
         texts = [canonical_text(answer.text).lstrip() for answer in answers]
         rows = self.renderer.answer_ids(texts, [answer.ended for answer in answers], conversational)
         return [row._replace(prompt_ids=p) for row, p in zip(rows, self.renderer.prompt_ids(prompts), strict=True)]
+
+    def size(self, row: Rendered) -> int:
+        """Tokens of a rendered text: what decides which rows share a forward."""
+        return len(row.prompt_ids) + len(row.answer_ids)
 
     def text_logits(self, rows: Sequence[Rendered]) -> Tensor:
         """Logit of each rendered text. [N], fp32. The gradient reaches whatever is trainable just now."""
@@ -278,7 +280,7 @@ class Distinguisher:
         if not prompts:
             return torch.zeros(0, device=self.device)
         rows = self.encode(prompts, answers)
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt_ids) + len(rows[i].answer_ids))
+        order = sorted(range(len(rows)), key=lambda i: self.size(rows[i]))
         logits = torch.empty(len(rows), device=self.device)
         with self.active():
             for start in range(0, len(rows), batch_size):
@@ -332,6 +334,15 @@ class Distinguisher:
             return [p for n, p in self.model.named_parameters() if p.requires_grad or any(key in n for key in names)]
         return list(self.model.parameters())
 
+    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """What learns at which rate, as an optimizer takes it; without the check weights."""
+        return [{"params": self.trainable_parameters(), "lr": learning_rate}]
+
+    @property
+    def bodies(self) -> list["Distinguisher"]:
+        """Whose body likelihood may fit: itself, if it has its language model's head."""
+        return [] if self.language_model is None else [self]
+
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Switch a shared base to the distinguisher's adapter, and back with every flag as it was.
@@ -351,6 +362,18 @@ class Distinguisher:
             self.model.set_adapter(previous)
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
+
+    def speak_as(self, completion_role: str) -> None:
+        """Read answers as that role's turns."""
+        self.renderer.completion_role = completion_role
+
+    def published_models(self) -> tuple[nn.Module, ...]:
+        """The models that are saved."""
+        return (self.model,)
+
+    def save_beside(self, folder: Path, tokenizer: Any) -> None:
+        """Write it into the repo of an imitator with this tokenizer; another one it brings along."""
+        self.save_pretrained(folder, with_tokenizer=self.tokenizer is not tokenizer)
 
     def save_pretrained(self, folder: str | Path, with_tokenizer: bool = True) -> None:
         """Write adapter and head (PEFT, SEQ_CLS, one label) or full weights, and `checks.json`."""

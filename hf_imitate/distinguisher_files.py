@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CHECKS_FILE = "checks.json"
+# Kinds of a distinguisher that is no single model; a model's has none, so that folders written before have it, too.
+NGRAM, ENSEMBLE = "ngram", "ensemble"
 HEAD_KEY = "base_model.model.score.weight"
 
 
@@ -58,9 +60,15 @@ def write_distinguisher(distinguisher: "Distinguisher", folder: Path, with_token
         _write_shared_adapter(distinguisher, folder)
     if with_tokenizer:
         distinguisher.tokenizer.save_pretrained(str(folder))
+    write_settings(distinguisher, folder)
+
+
+def write_settings(distinguisher: "Distinguisher", folder: Path, **more: Any) -> None:
+    """Write `checks.json`: the weights of the checks by name, how answers are rendered, and `more`."""
     renderer = distinguisher.renderer
     stored = {
         "version": 1,
+        **more,
         "checks": dict(zip(distinguisher.check_names, distinguisher.check_weights.tolist(), strict=True)),
         "max_answer_tokens": renderer.max_answer_tokens,
         "end_token_ids": renderer.end_token_ids,

@@ -142,7 +142,7 @@ class Imitator:
             folder, loading = self._distinguisher_source
             base = self.model if isinstance(self.model, PeftModel) else None
             self._distinguisher = Distinguisher.from_pretrained(folder, base=base, **loading)
-            self._distinguisher.renderer.completion_role = self.renderer.completion_role
+            self._distinguisher.speak_as(self.renderer.completion_role)
         return self._distinguisher
 
     def residual(

@@ -103,11 +103,14 @@ class Learner:
     ):
         self.distinguisher, self.loss, self.max_rows, self.max_grad_norm = distinguisher, loss, max_rows, max_grad_norm
         self.reduce = reduce
+        groups = distinguisher.parameter_groups(learning_rate)
+        # One member's gradient must not shorten the step of another.
+        self._clipped_together = [list(group["params"]) for group in groups]
         self.parameters = distinguisher.trainable_parameters()
-        groups = [{"params": self.parameters, "lr": learning_rate}]
         if distinguisher.check_names:
             groups.append({"params": [distinguisher.check_weights], "lr": CHECK_LEARNING_RATE})
             self.parameters = [*self.parameters, distinguisher.check_weights]
+            self._clipped_together[0].append(distinguisher.check_weights)
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=BETAS)
         self.learning_rates = [group["lr"] for group in self.optimizer.param_groups]
 
@@ -141,7 +144,8 @@ class Learner:
                     logits[i] = Logits(*(tensor.detach() for tensor in pair))
             self._reduce_gradients()
             mean_loss = self._reduced(loss_sum).item()
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+            norms = [torch.nn.utils.clip_grad_norm_(own, self.max_grad_norm) for own in self._clipped_together]
+            norm = torch.stack(norms).max()
             # Reduced first, so that all processes raise together and none waits for the others.
             if not (math.isfinite(mean_loss) and torch.isfinite(norm)):
                 self.optimizer.zero_grad(set_to_none=True)

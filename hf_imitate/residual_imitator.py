@@ -326,6 +326,44 @@ class ResidualImitator:
         companion_logits = logits[:, 1:].reshape(shape)
         return resampling_log_factors(logits[:, :1].expand(shape[:2]), companion_logits)
 
+    def companion_logits(
+        self,
+        questions: Sequence[str | list[dict]],
+        draws: Sequence[int],
+        seed: int,
+        num_estimates: int,
+        batch_size: int = 64,
+        columns: Columns = NO_COLUMNS,
+        make_sampler: Callable[..., GumbelSampler] = GumbelSampler,
+    ) -> Tensor:
+        """Logits of E sets of K - 1 fresh candidates for each question, [N, E, K - 1], to hold any answers against.
+
+        Estimates that share companions depend on each other; each of them is unbiased. Equal questions with different
+        numbers, one per question in `draws`, get independent companions.
+        """
+        check_resampling(self.resample, self.checks, columns, len(questions))
+        companions = [(e, k) for e in range(num_estimates) for k in range(1, self.resample)]
+        keys = [
+            [stream_key(seed, f"companions {draw}", question, *companion) for companion in companions]
+            for question, draw in zip(questions, draws, strict=True)
+        ]
+        drawn = self._draw(questions, keys, batch_size, False, make_sampler)
+        logits = self._score(questions, [[one.answer for one in own] for own in drawn], batch_size, False, columns)
+        return torch.cat(logits).reshape(len(questions), num_estimates, self.resample - 1)
+
+    def log_factors(
+        self,
+        questions: Sequence[str | list[dict]],
+        rows: Sequence[Rendered],
+        companion_logits: Tensor,
+        batch_size: int = 64,
+        columns: Columns = NO_COLUMNS,
+    ) -> Tensor:
+        """Log F of each of N rows, at least one, against companions drawn beforehand. [N, E], fp64."""
+        own = [[Answer(self.renderer.read(row.answer_ids).text, row.ended)] for row in rows]
+        logits = torch.stack(self._score(questions, own, batch_size, False, columns))
+        return resampling_log_factors(logits.expand(companion_logits.shape[:2]), companion_logits)
+
     def enclose_log_prob(
         self,
         question: str | list[dict],

@@ -22,6 +22,7 @@ def verify_resampled(
     batch_size: int = 64,
     progress: bool = False,
     columns: Columns = NO_COLUMNS,
+    draws: Sequence[Sequence[int]] | None = None,
 ) -> Verification:
     """Draw all candidates again, score them again, toss the committed coin again, and compare.
 
@@ -38,6 +39,8 @@ def verify_resampled(
             distinguisher's. Defaults to 1e-3 in float32 and to 0.25 in lower precision, for each on its own.
         batch_size: most sequences in one forward.
         progress: show progress bars and say what it took.
+        draws: numbers of each question's draws, where they are not `first_draw` and those that follow. A question with
+            other columns in another row is asked there under its own numbers.
 
     Returns:
         [`~hf_imitate.verification.Verification`]: `num_tokens` counts the tokens of all candidates, thoughts included,
@@ -54,8 +57,8 @@ def verify_resampled(
         samplers.append(_DecisionCounter(keys, length, temperature, end_token_ids, tolerance=margin))
         return samplers[-1]
 
-    draws = [range(first_draw, first_draw + len(texts)) for texts in answers]
-    choices = imitator.choose(questions, draws, seed, batch_size, progress, columns, make_sampler=make_sampler)
+    numbers = [range(first_draw, first_draw + len(texts)) for texts in answers] if draws is None else draws
+    choices = imitator.choose(questions, numbers, seed, batch_size, progress, columns, make_sampler=make_sampler)
     num_mismatched, bits = 0, [bit for sampler in samplers for bit in sampler.bits]
     for own, texts in zip(choices, answers, strict=True):
         for choice, text in zip(own, texts, strict=True):

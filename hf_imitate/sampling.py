@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from hf_imitate.prefill import read_once
 from hf_imitate.rendering import Answer, Renderer
 from hf_imitate.rows import question_key
 from hf_imitate.scoring import check_prompt_ids, check_temperature, evaluation_mode
@@ -339,24 +340,26 @@ def generate_with(
         prompts: ids of the questions, one list per row.
         max_new_tokens: longest answer, its end token included.
         own_loop: generate by transformers' own loop, also where the model's class has another: whoever checks a model
-            asks it for scores alone.
+            asks it for scores alone. Equal questions are then read once, see [`~hf_imitate.prefill.read_once`].
     """
     ends = renderer.end_token_ids
     pad = renderer.tokenizer.pad_token_id
     pad = ends[0] if pad is None else pad
     length = sampler.prompt_length
-    input_ids = torch.tensor([[pad] * (length - len(ids)) + list(ids) for ids in prompts])
-    attention_mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts])
+    input_ids = torch.tensor([[pad] * (length - len(ids)) + list(ids) for ids in prompts]).to(model.device)
+    attention_mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts]).to(model.device)
     config = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad, use_cache=True
     )
     causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
     generate = partial(GenerationMixin.generate, causal_lm) if own_loop else model.generate
+    cache = read_once(causal_lm, prompts, input_ids, attention_mask) if own_loop else None
     output = generate(
-        input_ids=input_ids.to(model.device),
-        attention_mask=attention_mask.to(model.device),
+        input_ids=input_ids,
+        attention_mask=attention_mask,
         generation_config=config,
         logits_processor=LogitsProcessorList([sampler]),
+        **({} if cache is None else {"past_key_values": cache}),
     )
     return [_until_end(row, ends) for row in output[:, length:].tolist()]
 

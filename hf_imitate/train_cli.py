@@ -70,11 +70,11 @@ def make_parser(name: str) -> "TrlParser":
 
     @dataclass
     class AdversarialScriptArguments(ScriptArguments):
-        distinguisher: str | None = field(
+        distinguisher: list[str] | None = field(
             default=None,
             metadata={
-                "help": "Repo id or path of a separate model to tell human from imitated answers with; "
-                "by default a second adapter on the imitator's base."
+                "help": "Repo id or path of a separate model to tell human from imitated answers with, `ngram`, or "
+                "several of these, whose logits add; by default a second adapter on the imitator's base."
             },
         )
 
@@ -101,7 +101,7 @@ def _run(name: str, script_args: Any, training_args: Any, model_args: Any, mixtu
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    own = {"distinguisher": script_args.distinguisher} if name == "adversarial" else {}
+    own = {"distinguisher": _distinguisher(script_args.distinguisher)} if name == "adversarial" else {}
     trainer = TRAINERS[name].load("Trainer")(
         model=model_args.model_name_or_path,
         args=training_args,
@@ -119,6 +119,11 @@ def _run(name: str, script_args: Any, training_args: Any, model_args: Any, mixtu
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.accelerator.print(f"Imitator pushed to {trainer.hub_model_id}.")
     trainer.end()
+
+
+def _distinguisher(given: list[str] | str | None) -> list[str] | str | None:
+    """One name is one distinguisher, however it was written; in a file it may stand without a list."""
+    return given[0] if isinstance(given, list) and len(given) == 1 else given
 
 
 def _is_launched(argv: list[str]) -> bool:

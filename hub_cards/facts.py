@@ -1,14 +1,20 @@
 """Everything a model card may say about an imitator, gathered before a word of the card is written."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hf_imitate.audits.report import AuditReport
+
 # The Hub's own rule: an optional owner, then a name; 96 characters, no leading or trailing mark.
 _HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _ARXIV_ID = re.compile(r"\d{4}\.\d{4,5}(?:v\d+)?", re.ASCII)
+
+# Nothing that could lead out of the repository, or be anything else than a picture's plain name.
+_FIGURE = re.compile(r"(?:[A-Za-z0-9][\w-]*/)*[A-Za-z0-9][\w-]*\.png", re.ASCII)
+_MOST_NAME = 300  # characters; the Hub's own limit is 96 for each part of an id
 
 TRAINED_LAW: Mapping[str, Any] = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
 """The settings under which `generate` samples the law that was trained: the model's own, cut nowhere."""
@@ -30,6 +36,21 @@ class CardMetric(NamedTuple):
     value: float | None
     unit: str = ""
     interval: tuple[float, float] | None = None
+
+
+class Sample(NamedTuple):
+    """
+    One question, asked for the card, and what the imitator answered; never a row of anybody's data.
+
+    Args:
+        question (`str`):
+            What was asked, by whoever makes the card.
+        answer (`str`):
+            What it wrote.
+    """
+
+    question: str
+    answer: str
 
 
 @dataclass(frozen=True)
@@ -79,6 +100,8 @@ class CardFacts:
             Where the objective comes from.
         dataset_name (`str`, *optional*):
             A Hub id, a local path, or any other name.
+        answered_by (`str`, *optional*):
+            Whose answers the data set holds, in words: `"members of a chess club, who agreed to it"`.
         num_rows (`int`, *optional*):
             Training rows.
         num_labelled (`int`, *optional*):
@@ -89,6 +112,14 @@ class CardFacts:
             Settings that decide the result, by argument name.
         metrics (`Mapping[str, CardMetric]`, *optional*):
             Measurements by name; plain `(value, unit, interval)` tuples do as well.
+        curves (`Mapping[str, Sequence[tuple[int, float]]]`, *optional*):
+            (step, value) of what was logged while training, by name, in order.
+        audit ([`~hf_imitate.AuditReport`], *optional*):
+            What an audit of these weights found.
+        figures (`tuple[str, ...]`, *optional*):
+            Pictures, as paths inside the repository: `"audit/losses.png"`.
+        samples (`tuple[Sample, ...]`, *optional*):
+            Questions asked for the card, with answers. Shown fenced, escaped and cut; none unless somebody asks.
         versions (`Mapping[str, str]`, *optional*):
             Library to version.
         tags (`tuple[str, ...]`, *optional*):
@@ -110,7 +141,8 @@ class CardFacts:
             Settings of `generate` that reproduce the trained law; add `max_new_tokens`.
 
     Raises:
-        ValueError: `num_labelled` exceeds `num_rows`, or a metric is not (value, unit, interval).
+        ValueError: `num_labelled` exceeds `num_rows`, a metric is not (value, unit, interval), or a figure is no
+            picture inside the repository.
     """
 
     model_name: str
@@ -120,11 +152,16 @@ class CardFacts:
     base_revision: str | None = None
     papers: tuple[Paper, ...] = ()
     dataset_name: str | None = None
+    answered_by: str | None = None
     num_rows: int | None = None
     num_labelled: int | None = None
     is_conversational: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, CardMetric] = field(default_factory=dict)
+    curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    audit: AuditReport | None = None
+    figures: tuple[str, ...] = ()
+    samples: tuple[Sample, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     tags: tuple[str, ...] = ()
     license: str | None = None
@@ -147,11 +184,27 @@ class CardFacts:
                     f"`metrics[{name!r}]` is {metric!r}; a metric is (value, unit, interval). "
                     'Write for example `CardMetric(0.53, "probability", (0.49, 0.57))`.'
                 )
+        for figure in self.figures:
+            if _FIGURE.fullmatch(figure) is None:
+                raise ValueError(
+                    f"`figures` holds {figure!r}; a figure is the path of a .png inside the repository, such as "
+                    "'audit/losses.png', in plain letters."
+                )
 
     @property
     def metric_rows(self) -> tuple[tuple[str, CardMetric], ...]:
         """(name, metric) in the order given, each metric a full `CardMetric`."""
         return tuple((name, CardMetric(*metric)) for name, metric in self.metrics.items())
+
+    @property
+    def curve_rows(self) -> tuple[tuple[str, Sequence[tuple[int, float]]], ...]:
+        """(name, points) of every curve that has a point."""
+        return tuple((name, points) for name, points in self.curves.items() if points)
+
+    @property
+    def load_from(self) -> str:
+        """What `from_pretrained` is given in the card's code. What no repository can be called is cut."""
+        return (self.repo_id or self.model_name)[:_MOST_NAME]
 
     @property
     def hub_base_model(self) -> str | None:
@@ -164,6 +217,11 @@ class CardFacts:
         hub_id = hub_id_or_none(self.dataset_name)
         # A bare word is far likelier a name of our own ("docstrings") than one of the Hub's few ownerless data sets.
         return hub_id if hub_id is not None and "/" in hub_id else None
+
+
+def is_figure(path: str) -> bool:
+    """Whether a card may show the file at `path`, relative to the repository, as a picture."""
+    return _FIGURE.fullmatch(path) is not None
 
 
 def hub_id_or_none(name: str | None) -> str | None:

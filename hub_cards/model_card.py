@@ -1,22 +1,37 @@
 """CardFacts -> README.md: pure, without network; every word of the card stands in `imitator_card.md`."""
 
+import math
 import re
-import unicodedata
-from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined, Template
 
+from hf_imitate.hub_cards.audit_section import audit_section
 from hf_imitate.hub_cards.facts import CardFacts
+from hf_imitate.hub_cards.markdown import (
+    fenced,
+    markdown_code,
+    markdown_text,
+    python_literal,
+    shortened,
+    sparkline,
+    visible,
+)
+from hf_imitate.hub_cards.model_index import evaluation_results
 
 COMMON_TAGS = ("hf-imitate", "trl", "imitation-learning")
 """Tags every card carries, before those of the trainer."""
 
-_INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, bidi and zero-width marks, lone surrogates, line separators
-_INLINE = re.compile(r"""[&<>"\\`*\[\]|~$#{}@]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=\bwww)\.""")
-_BLOCK_START = re.compile(r"^(\s*)([-+=])|^(\s*\d{1,9})([.)])(?=\s|$)")
+MOST_SAMPLES, MOST_SAMPLE = 8, 1000
+"""Samples a card shows, and characters of each."""
+
+_CAPTIONS = {
+    "paired_accuracy.png": "How often freshly trained judges picked the human's answer, on questions new to them",
+    "e_value.png": 'What a bettor against "no difference" won, question by question',
+    "losses.png": "What people's answers and its own cost the imitator",
+}
 
 
 def render_card(facts: CardFacts) -> ModelCard:
@@ -30,7 +45,9 @@ def render_card(facts: CardFacts) -> ModelCard:
     Returns:
         [`~huggingface_hub.ModelCard`]: metadata and text; `.save(path)` writes README.md.
     """
-    body = _template().render(facts=facts).strip()
+    audit = None if facts.audit is None else audit_section(facts.audit)
+    samples = [(shortened(one.question, MOST_SAMPLE), shortened(one.answer, MOST_SAMPLE)) for one in facts.samples]
+    body = _template().render(facts=facts, audit=audit, samples=samples[:MOST_SAMPLES]).strip()
     return ModelCard(f"---\n{card_metadata(facts).to_yaml()}\n---\n\n{body}\n")
 
 
@@ -45,115 +62,41 @@ def card_metadata(facts: CardFacts) -> ModelCardData:
     Returns:
         [`~huggingface_hub.ModelCardData`].
     """
+    name = None if facts.dataset_name is None else _metadata(_local_name(facts.dataset_name))
+    kind = facts.hub_dataset or "a data set that is not on the Hub"
+    results = None if facts.audit is None else evaluation_results(facts.audit, kind, facts.hub_dataset or name or kind)
     return ModelCardData(
         base_model=facts.hub_base_model,
         datasets=[facts.hub_dataset] if facts.hub_dataset is not None else None,
+        eval_results=results or None,
         library_name="peft" if facts.is_adapter else "transformers",
-        license=None if facts.license is None else visible(facts.license),
+        license=None if facts.license is None else _metadata(facts.license),
+        model_name=_metadata(facts.model_name) if results else None,
         pipeline_tag="text-generation",
-        tags=[*COMMON_TAGS, *(visible(tag) for tag in facts.tags)],
+        tags=[*COMMON_TAGS, *(_metadata(tag) for tag in facts.tags if tag not in COMMON_TAGS)],
     )
 
 
-def visible(value: object) -> str:
-    """
-    Turn `value` into one line of text that shows all it holds: what has no shape is written as its Python escape.
-
-    Args:
-        value (`object`):
-            Anything; `str(value)` is shown.
-
-    Returns:
-        `str`, without line breaks, control, bidirectional or zero-width characters.
-    """
-    return "".join(
-        char.encode("unicode_escape").decode("ascii") if unicodedata.category(char) in _INVISIBLE else char
-        for char in str(value)
-    )
-
-
-def markdown_text(value: object) -> str:
-    """
-    Escape `value` so that Markdown and HTML show it letter for letter, in a paragraph as in a table cell.
-
-    Character references are used rather than backslashes: they can never form structure, while renderers disagree
-    on what a backslash before a pipe means.
-
-    Args:
-        value (`object`):
-            Anything; `str(value)` is shown.
-
-    Returns:
-        `str`, one line.
-    """
-    text = _INLINE.sub(lambda match: f"&#{ord(match[0])};", visible(value))
-    return _BLOCK_START.sub(lambda match: f"{match[1] or match[3] or ''}&#{ord(match[2] or match[4])};", text)
-
-
-def markdown_code(value: object) -> str:
-    """
-    Show `value` in a fixed-width font, letter for letter, in a paragraph as in a table cell.
-
-    Args:
-        value (`object`):
-            Anything; `str(value)` is shown.
-
-    Returns:
-        `str`, one line: a code span where the text allows one, else `<code>` with character references.
-    """
-    text = visible(value)
-    if text.strip() == text != "" and not set(text) & set("`|\\"):
-        return f"`{text}`"
-    return f"<code>{markdown_text(text)}</code>"
-
-
-def python_literal(value: object) -> str:
-    """
-    Write `value` as a Python literal in ASCII, on one line, strings in double quotes where that is possible.
-
-    Args:
-        value (`object`):
-            A string, number, boolean or `None`, or lists and dictionaries of them.
-
-    Returns:
-        `str`: `ast.literal_eval` gives `value` back.
-    """
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{python_literal(key)}: {python_literal(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(python_literal, value)) + "]"
-    literal = ascii(value)
-    return f'"{literal[1:-1]}"' if literal[0] == "'" and '"' not in literal else literal
-
-
-def fenced(text: str, language: str) -> str:
-    """
-    Put `text` into a code block that nothing inside it can close.
-
-    Args:
-        text (`str`):
-            Lines to show as they are; invisible characters are written as escapes.
-        language (`str`):
-            Name of the language, for highlighting.
-
-    Returns:
-        `str`, several lines.
-    """
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    lines = [visible(line.expandtabs(4)) for line in text.strip().splitlines()]
-    return "\n".join([f"{fence}{language}", *lines, fence])
+def _metadata(value: str) -> str:
+    return visible(shortened(value, 200))
 
 
 def _number(value: float | None) -> str:
     if value is None:
         return "not measured"
+    if isinstance(value, float) and math.isinf(value):
+        return "infinite" if value > 0 else "-infinite"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def _local_name(value: str | None) -> str:
     # The folders above a local model belong to its owner's machine, not to the card.
     return "" if value is None else re.split(r"[\\/]", value.rstrip("\\/"))[-1]
+
+
+def _caption(figure: str) -> str:
+    name = figure.rpartition("/")[2]
+    return _CAPTIONS.get(name, name.removesuffix(".png").replace("_", " "))
 
 
 @cache
@@ -167,6 +110,8 @@ def _template() -> Template:
         literal=python_literal,
         fenced=fenced,
         number=_number,
+        sparkline=sparkline,
+        caption=_caption,
         local_name=_local_name,
     )
     source = files("hf_imitate.hub_cards").joinpath("imitator_card.md").read_text(encoding="utf-8")

@@ -1,21 +1,35 @@
 """A trained imitator's folder -> the Hub: private, and in one commit."""
 
+import json
+import logging
+from collections.abc import Sequence
 from concurrent.futures import Future
+from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
 
-_IGNORED_ANYWHERE = (
-    "_*",
-    "checkpoint-*",
-    "training_args.bin",  # a pickle: loading it runs whatever code it holds
-    "completions/*",  # sampled answers beside their questions
+from hf_imitate.hub_cards.facts import hub_id_or_none
+
+logger = logging.getLogger(__name__)
+
+_STATES = (
     "optimizer*",
     "scheduler*",
     "rng_state*",
     "trainer_state.json",
     "adversarial_state*",
+    "global_step*",
+)
+_IGNORED_ANYWHERE = (
+    ".git/*",
+    ".cache/*",
+    "_*",
+    "checkpoint-*",
+    "training_args.bin",  # a pickle: loading it runs whatever code it holds
+    "completions/*",  # sampled answers beside their questions
+    *_STATES,
     "ref/*",
     "runs/*",
     "logs/*",
@@ -28,9 +42,23 @@ IGNORED_FILES = (
     "*.pth",
     "*.pkl",
     "audit/cache/*",  # sampled answers
-    "audit/scores.parquet",  # one row per question: never public unless somebody asks for it
+    "*.parquet",  # an audit's scores, one row per question: never public unless somebody asks for it
 )
 """Patterns of files a push leaves behind (`fnmatch` on the path inside the folder; `*` also matches `/`)."""
+
+AUDIT_FILES = ("*/audit.json", "*/audit.md", "*/plan.json", "*/power.json", "*/power.md", "*.png")
+"""Of `audit/`, only these are published: what else an audit leaves is numbers per question, or answers."""
+
+RUN_FILES = (*_STATES, "_latent_state*")
+"""What a checkpoint holds beyond the imitator, to go on from; pushed only beside it, to a private repository."""
+
+REPLACED_FILES = (
+    *("adapter_config.json", "adapter_model.safetensors", "config.json", "model.safetensors"),
+    *("model-*-of-*.safetensors", "model.safetensors.index.json"),
+    *("generation_config.json", "imitation.json", "distinguisher/*", "retrodictor/*", "audit/*"),
+)
+"""Patterns of files that a push removes from the repository where the folder no longer holds them: beside new weights,
+old ones would be loaded, and an old audit would speak of others. What else lies there is left alone."""
 
 
 def push_folder(
@@ -42,12 +70,15 @@ def push_folder(
     revision: str | None = None,
     commit_message: str = "Upload imitator",
     run_as_future: bool = False,
+    checkpoint_name: str | None = None,
+    leave_out: Sequence[str] = (),
 ) -> CommitInfo | Future[CommitInfo]:
     """
     Push a trained imitator to the Hub: weights, card, distinguisher and audit in one commit.
 
     What serves only training or could hold private rows stays behind, see `IGNORED_FILES`. One commit means nobody
-    can ever load new weights with an old card, or an imitator without its distinguisher.
+    can ever load new weights with an old card, or an imitator without its distinguisher: a push that is killed
+    half-way leaves the repository as it was. Where nothing changed, there is no commit.
 
     Args:
         folder (`str` or `Path`):
@@ -64,18 +95,31 @@ def push_folder(
             First line of the commit.
         run_as_future (`bool`, *optional*, defaults to `False`):
             Upload in the background and return at once.
+        checkpoint_name (`str`, *optional*):
+            Where `folder` is a checkpoint: a folder of the repository that gets all a run can be taken up from, such
+            as `"last-checkpoint"`. Its states hold questions and answers.
+        leave_out (`Sequence[str]`, *optional*):
+            Further patterns of files that stay behind.
 
     Returns:
         [`~huggingface_hub.CommitInfo`], or a `Future` of it with `run_as_future=True`.
 
     Raises:
         FileNotFoundError: `folder` is no directory.
-        ValueError: the repository exists and is public while `private=True`.
+        ValueError: the repository exists and is public while `private=True`; or something in the folder cannot be
+            published: a link, an adapter on a local base where everybody may read, a checkpoint there.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(
             f"`folder` is {str(folder)!r}, which is not a directory. Pass the `output_dir` of a finished training run."
+        )
+    files = published_files(folder, leave_out)
+    check_bases(folder, files, private)
+    if checkpoint_name is not None and not private:
+        raise ValueError(
+            "A checkpoint to go on from holds questions and answers, so it is pushed to private repositories only. "
+            'Set `hub_private_repo=True`, or `hub_strategy="every_save"`, which pushes the imitator alone.'
         )
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -87,12 +131,119 @@ def push_folder(
         )
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    upload: dict[str, Any] = {
-        "folder_path": folder,
-        "repo_id": repo_id,
-        "commit_message": commit_message,
-        "revision": revision,
-        "ignore_patterns": list(IGNORED_FILES),
-    }
+    arguments = (api, folder, files, repo_id, revision, commit_message, checkpoint_name)
     # Two calls, since the type of the result depends on the flag.
-    return api.upload_folder(**upload, run_as_future=True) if run_as_future else api.upload_folder(**upload)
+    return api.run_as_future(_commit, *arguments) if run_as_future else _commit(*arguments)
+
+
+def published_files(folder: Path, leave_out: Sequence[str] = ()) -> list[str]:
+    """
+    Name the files of a folder that a push publishes.
+
+    Args:
+        folder (`Path`):
+            The trainer's `output_dir`.
+        leave_out (`Sequence[str]`, *optional*):
+            Patterns beyond `IGNORED_FILES`.
+
+    Returns:
+        `list[str]`: paths inside the folder, sorted.
+
+    Raises:
+        ValueError: one of them is a link, which could publish a file of anywhere.
+    """
+    ignored = (*IGNORED_FILES, *leave_out)
+    names = [name for name in _files(folder) if not _matches(name, ignored)]
+    names = [name for name in names if not name.startswith("audit/") or _matches(name, AUDIT_FILES)]
+    for name in names:
+        _check_no_link(folder, name)
+    return names
+
+
+def check_bases(folder: Path, files: Sequence[str], private: bool) -> None:
+    """
+    Say, before anything is pushed, which adapters others could not load because their base is a local folder.
+
+    Args:
+        folder (`Path`):
+            The trainer's `output_dir`.
+        files (`Sequence[str]`):
+            What is to be published.
+        private (`bool`):
+            Whether the repository is. There it is a warning: its owner has the base.
+
+    Raises:
+        ValueError: such an adapter would be public.
+    """
+    for name in files:
+        if name.rpartition("/")[2] != "adapter_config.json":
+            continue
+        base = json.loads((folder / name).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if not base or hub_id_or_none(base) is not None:
+            continue
+        problem = (
+            f"`base_model_name_or_path` in {name} is a local path, so whoever lacks that folder cannot load the "
+            "adapter. Push the base to the Hub and train from its id, or push plain weights: "
+            "`hf-imitate card PATH --merge DIR`."
+        )
+        if not private:
+            raise ValueError(f"{problem} Nothing was pushed.")
+        _warn_once(problem)
+
+
+@cache
+def _warn_once(problem: str) -> None:
+    logger.warning(problem)
+
+
+def _commit(
+    api: HfApi,
+    folder: Path,
+    files: Sequence[str],
+    repo_id: str,
+    revision: str | None,
+    commit_message: str,
+    checkpoint_name: str | None,
+) -> CommitInfo:
+    """One commit on top of the newest one, or none where nothing changed."""
+    # Not `upload_folder`: where Xet is there, huggingface_hub 2 makes several commits of it.
+    added = {name: folder / name for name in files}
+    replaced = list(REPLACED_FILES)
+    if checkpoint_name is not None:
+        added |= {f"{checkpoint_name}/{name}": folder / name for name in _checkpoint_files(folder, files)}
+        replaced.append(f"{checkpoint_name}/*")
+    info = api.model_info(repo_id, revision=revision)
+    there = [sibling.rfilename for sibling in info.siblings or []]
+    gone = [name for name in there if name not in added and _matches(name, replaced)]
+    operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
+        *(CommitOperationDelete(path_in_repo=name, is_folder=False) for name in gone),
+        *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in sorted(added.items())),
+    ]
+    return api.create_commit(
+        repo_id, operations, commit_message=commit_message, revision=revision, parent_commit=info.sha
+    )
+
+
+def _checkpoint_files(folder: Path, files: Sequence[str]) -> list[str]:
+    states = [name for name in _files(folder) if _matches(name, RUN_FILES)]
+    for name in states:
+        _check_no_link(folder, name)
+    return sorted({*files, *states})
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() or path.is_symlink()
+    )
+
+
+def _check_no_link(folder: Path, name: str) -> None:
+    parts = Path(name).parts
+    if any(folder.joinpath(*parts[: i + 1]).is_symlink() for i in range(len(parts))):
+        raise ValueError(
+            f"{name} is a link. What it leads to may be private, so nothing was pushed; put the file itself there."
+        )

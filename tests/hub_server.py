@@ -4,7 +4,8 @@
         subprocess.run([sys.executable, "-c", code], env=hub_environment(url, tmp_path), check=True)
 
 `huggingface_hub` reads its constants when it is imported, so what talks to this server runs in a process of its own.
-Models and data sets, branches, regular and LFS files (hashes are checked), commits, private repositories.
+Models and data sets, branches, regular and LFS files (hashes and sizes are checked), commits, ranges, private
+repositories. `hub_server(hub)` serves a `Hub` of one's own, to look into it or to stop an upload half-way.
 Not covered: Xet, pull requests, rate limits, the Hub's rules for metadata beyond those in `_metadata_errors`.
 """
 
@@ -93,6 +94,7 @@ class Hub:
         self.lock = threading.RLock()
         self.repos: dict[tuple[str, str], Repo] = {}
         self.lfs: dict[str, bytes] = {}
+        self.before_lfs: Callable[[], None] = lambda: None  # called before an LFS object is stored
 
     def repo(self, kind: str, repo_id: str, is_signed_in: bool) -> Repo:
         repo = self.repos.get((kind, repo_id))
@@ -124,8 +126,8 @@ class Hub:
             if line["key"] == "file":
                 files[path] = File(base64.b64decode(value["content"], validate=True), False)
             elif line["key"] == "lfsFile":
-                if value["oid"] not in self.lfs:
-                    raise HubError(400, "BadRequest", f"The LFS object of {path} was never uploaded.")
+                if value["oid"] not in self.lfs or len(self.lfs[value["oid"]]) != value["size"]:
+                    raise HubError(400, "BadRequest", f"The LFS object of {path} was never uploaded whole.")
                 files[path] = File(self.lfs[value["oid"]], True)
             else:  # deletedFile, deletedFolder
                 gone = [name for name in files if name == path or name.startswith(path.rstrip("/") + "/")]
@@ -133,6 +135,8 @@ class Hub:
                     raise HubError(404, "EntryNotFound", "A file with this name doesn't exist")
                 for name in gone:
                     del files[name]
+        if "README.md" in files and (errors := _metadata_errors(files["README.md"].content.decode())):
+            raise HubError(400, "BadRequest", f"Invalid metadata in README.md: {errors[0]}")
         commit = repo.add(branch, head["summary"], files)
         return {"success": True, "commitOid": commit.sha, "commitUrl": f"{self.url}/{repo.id}/commit/{commit.sha}"}
 
@@ -156,7 +160,7 @@ def _info(repo: Repo, commit: Commit) -> dict:
     return {"_id": repo.id, "id": repo.id, "sha": commit.sha, "tags": [], "siblings": siblings, **visibility, **dates}
 
 
-def _tree(commit: Commit) -> list[dict]:
+def _tree(commit: Commit, inside: str, is_recursive: bool) -> list[dict]:
     folders = {str(parent) for path in commit.files for parent in Path(path).parents} - {"."}
     entries: list[dict] = [{"type": "directory", "oid": "0" * 40, "size": 0, "path": path} for path in folders]
     for path, file in commit.files.items():
@@ -164,7 +168,12 @@ def _tree(commit: Commit) -> list[dict]:
         if file.is_lfs:
             entry["lfs"] = {"oid": file.sha256, "size": len(file.content), "pointerSize": 130}
         entries.append(entry)
-    return sorted(entries, key=lambda entry: entry["path"])
+    prefix = f"{inside}/" if inside else ""
+    found = [entry for entry in entries if entry["path"].startswith(prefix)]
+    if inside and not found:
+        raise HubError(404, "EntryNotFound", f"{inside} does not exist on this revision")
+    found = found if is_recursive else [entry for entry in found if "/" not in entry["path"][len(prefix) :]]
+    return sorted(found, key=lambda entry: entry["path"])
 
 
 def _preupload(commit: Commit, files: list[dict]) -> dict:
@@ -193,7 +202,24 @@ def _metadata_errors(content: str) -> list[str]:
             errors.append(f'"{key}" must be an array of strings')
         elif key != "tags" and not all(REPO_ID.fullmatch(value) for value in values):
             errors.append(f'"{key}" with value {values} is not valid. Use a model id from https://hf.co/models.')
-    return errors
+    return errors + ([] if "model-index" not in data else _index_errors(data["model-index"]))
+
+
+def _index_errors(index: Any) -> list[str]:
+    """What is missing where the Hub's form of evaluation results asks for it."""
+    needed = {"task": {"type"}, "dataset": {"type", "name"}}
+    try:
+        for model in index:
+            for result in model["name"] and model["results"]:
+                lacking = [f"{part}.{key}" for part, keys in needed.items() for key in keys - set(result[part])]
+                lacking += [
+                    f"metrics.{key}" for metric in result["metrics"] for key in {"type", "value"} - set(metric)
+                ]
+                if lacking:
+                    return [f'"model-index" lacks {sorted(lacking)}']
+    except (TypeError, KeyError) as error:
+        return [f'"model-index" is not of the form the Hub reads: {type(error).__name__}']
+    return []
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -281,13 +307,17 @@ class _Handler(BaseHTTPRequestHandler):
         headers["ETag"] = f'"{file.oid}"'
         if file.is_lfs:
             headers |= {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(len(file.content))}
-        if first := re.match(r"bytes=(\d+)-$", self.headers.get("Range", "")):
-            size, start = len(file.content), int(first[1])
-            self._send(206, file.content[start:], {**headers, "Content-Range": f"bytes {start}-{size - 1}/{size}"})
-        else:
+        asked, size = re.match(r"bytes=(\d+)-(\d*)$", self.headers.get("Range", "")), len(file.content)
+        if asked is None:
             self._send(200, file.content, headers)
+            return
+        start, end = int(asked[1]), min(int(asked[2] or size), size - 1)
+        if start > end:
+            raise HubError(416, "RangeNotSatisfiable", f"{path} has {size} bytes")
+        self._send(206, file.content[start : end + 1], {**headers, "Content-Range": f"bytes {start}-{end}/{size}"})
 
     def put_lfs(self, body: bytes, oid: str) -> None:
+        self.hub.before_lfs()
         self.hub.put_lfs(oid, body)
         self._send(200, b"", {})
 
@@ -307,7 +337,9 @@ _ROUTES: list[tuple[str, str, Callable[..., Any]]] = [
      lambda self, body, kind, repo: self.hub.lfs_batch(json.loads(body)["objects"])),
     ("PUT", r"/lfs/([0-9a-f]{64})", _Handler.put_lfs),
     ("GET", rf"{_API}{_ID}/commits/{_REV}", _Handler.list_commits),
-    ("GET", rf"{_API}{_ID}/tree/{_REV}", lambda self, body, kind, repo, rev: _tree(self._repo(kind, repo).at(rev))),
+    ("GET", rf"{_API}{_ID}/tree/{_REV}(?:/(.+))?",
+     lambda self, body, kind, repo, rev, inside: _tree(
+         self._repo(kind, repo).at(rev), inside.rstrip("/"), "recursive=true" in self.path.lower())),
     ("GET", rf"{_API}{_ID}/revision/{_REV}",
      lambda self, body, kind, repo, rev: _info(self._repo(kind, repo), self._repo(kind, repo).at(rev))),
     ("GET", rf"{_API}{_ID}",
@@ -317,9 +349,9 @@ _ROUTES: list[tuple[str, str, Callable[..., Any]]] = [
 
 
 @contextmanager
-def hub_server() -> Iterator[str]:
-    """Serve an empty Hub on a free port of 127.0.0.1 and give its URL."""
-    hub = Hub()
+def hub_server(hub: Hub | None = None) -> Iterator[str]:
+    """Serve a Hub, by default an empty one, on a free port of 127.0.0.1 and give its URL."""
+    hub = hub or Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     hub.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)

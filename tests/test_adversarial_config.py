@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import itertools
 import math
 import re
 import warnings
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from peft import LoraConfig
 from tiny_runs import (
+    AtEveryStep,
     Watched,
     distinguisher_weights,
     ending_model,
@@ -25,6 +27,7 @@ from tiny_runs import (
     settings,
     spied,
     train,
+    weights,
 )
 from trl import GRPOConfig
 
@@ -198,6 +201,43 @@ def test_the_warmup_learning_rate_holds_in_the_warmup_alone(tmp_path, tiny_model
     rates = [logged(trainer, "learning_rate") for trainer in (slow, fast)]
     assert rates[1][:3] == pytest.approx([4 * rate for rate in rates[0][:3]])
     assert rates[0][3:] == rates[1][3:] == [1e-3, 1e-3]
+
+
+@shows("distinguisher_lm_warmup_steps")
+def test_the_body_of_a_separate_distinguisher_is_fitted_for_as_many_steps_while_everything_else_stands_still(
+    tmp_path, tiny_model_dir
+):
+    trainer = make(
+        tmp_path,
+        tiny_model_dir,
+        arguments={"distinguisher": str(tiny_model_dir)},
+        distinguisher_lm_warmup_steps=3,
+        max_steps=1,
+    )
+    head = trainer.distinguisher.head
+    seen = []
+
+    def note():
+        seen.append((imitator_weights(trainer), weights(head.named_parameters()), distinguisher_weights(trainer)))
+
+    note()
+    trainer.add_callback(AtEveryStep(note))
+    train(trainer)
+    assert logged(trainer, "phase") == ["distinguisher_lm_warmup"] * 3 + ["game"]
+    moved = [[not same(*sides) for sides in zip(*pair, strict=True)] for pair in itertools.pairwise(seen)]
+    assert moved == [[False, False, True]] * 3 + [[True, True, True]]
+    assert len(logged(trainer, "distinguisher/bits_per_answer")) == 3
+
+
+@shows("freeze_imitator")
+def test_a_frozen_imitator_stays_while_the_distinguisher_learns(tmp_path, tiny_model_dir):
+    for is_frozen in (False, True):
+        trainer = make(tmp_path, tiny_model_dir, freeze_imitator=is_frozen)
+        lora = {name: p for name, p in trainer.model.named_parameters() if ".default." in name}
+        before, of_distinguisher = weights(lora.items()), distinguisher_weights(trainer)
+        train(trainer)
+        assert same(before, weights(lora.items())) == is_frozen
+        assert not same(of_distinguisher, distinguisher_weights(trainer))
 
 
 @shows("distinguisher_warmup_steps")

@@ -20,7 +20,7 @@ from tiny_runs import (
     weights,
 )
 
-from hf_imitate.trainers import adversarial_trainer
+from hf_imitate.trainers import adversarial_plan
 
 TESTS = Path(__file__).parent
 
@@ -113,7 +113,7 @@ def test_answers_known_by_heart_are_counted_by_human_answer_and_never_in_an_eval
     before = memory.state()
     trainer.evaluate(rows(8))
     assert memory.state() == before
-    trainer.game.load_state({**trainer.game.state(), "memory": {**before, "is_said": True}})
+    trainer.game.load_state({**trainer.game.state(), "memory": {**before, "is_said": True}}, {})
     assert trainer.game.memory.is_said
 
 
@@ -167,7 +167,7 @@ def test_a_budget_keeps_the_likelihood_of_humans_where_the_game_would_spend_it(t
 def test_an_automatic_warmup_ends_when_it_stops_helping_and_the_run_is_so_much_shorter(
     tmp_path, tiny_model_dir, monkeypatch, who
 ):
-    monkeypatch.setattr(adversarial_trainer, "READING_EVERY", 2)
+    monkeypatch.setattr(adversarial_plan, "READING_EVERY", 2)
     # A rate at which nothing moves: no reading is better than the first, and the third of those ends it.
     trainer = make(
         tmp_path,

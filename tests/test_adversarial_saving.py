@@ -112,7 +112,12 @@ def test_the_facts_say_how_to_rebuild_it_and_hold_no_row(trained, tiny_model_dir
     }
     assert facts["settings"]["distinguisher_warmup_steps"] == 2
     assert facts["settings"]["max_completion_length"] == 6
-    assert facts["phases"] == {"imitator_warmup": 2, "distinguisher_warmup": 2, "game": 2}
+    assert facts["phases"] == {
+        "imitator_warmup": 2,
+        "distinguisher_warmup": 2,
+        "game": 2,
+        "distinguisher_lm_warmup": 0,
+    }
     assert facts["checks"] == ["is_short"]
     assert facts["versions"]["torch"] == torch.__version__
     texts = [path.read_text(errors="replace") for path in folder.rglob("*.json") if "tokenizer" not in path.name]

@@ -306,10 +306,11 @@ def test_each_phase_logs_its_metrics_under_the_contracts_names(tmp_path, tiny_mo
         "checks/is_short/weight",
     }
     likelihood = {"retrodiction/bits_per_answer", "retrodiction/bits_per_byte"}
+    tested = {*("distinguisher/accuracy_tested", "distinguisher/accuracy_tested_upper", "distinguisher/pairs_tested")}
     expected = {
         "imitator_warmup": likelihood,
         "distinguisher_warmup": of_game | {"distinguisher/accuracy_heldout"},
-        "game": of_game | likelihood | {"retrodiction/multiplier", "distinguisher/accuracy_heldout"},
+        "game": of_game | likelihood | tested | {"retrodiction/multiplier", "distinguisher/accuracy_heldout"},
     }
     ours = ("distinguisher/", "answers/", "checks/", "retrodiction/")
     found: dict[str, set[str]] = {}

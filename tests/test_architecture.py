@@ -14,7 +14,7 @@ FOLDERS = ("hf_imitate", "trainers", "hub_cards")
 MATH = {"log_probs", "estimators", "losses", "bounds"}
 MATH |= {"weight_diagnostics", "retrodictive_bounds", "population_bounds", "defensive_bounds", "thought_search"}
 MATH |= {"cluster_intervals", "deviation_bounds", "e_values", "steganography_theory", "residual"}
-SHELL = {"cli", "train_cli", "audit_cli", "cli_data", "demo", "demo_report", "demo_thinking"}
+SHELL = {"cli", "train_cli", "audit_cli", "card_cli", "cli_data", "demo", "demo_report", "demo_thinking"}
 MAX_LINES = 400
 
 _MATH_LIBRARIES = {"torch", "numpy", "scipy"}

@@ -135,7 +135,7 @@ def test_a_killed_audit_goes_on_where_it_was(audited, tiny_model_dir, tmp_path, 
     (stored / "judge-null-ngram.npz").write_bytes(b"PK\x03\x04 broken off")
     (stored / "scores-human-0000000.npz").unlink()
     drawn = []
-    monkeypatch.setattr("hf_imitate.audits.evidence.draw_processed", lambda *a, **k: drawn.append(1))
+    monkeypatch.setattr("hf_imitate.audits.scorer.draw_processed", lambda *a, **k: drawn.append(1))
     settings = {"train_dataset": rows(60, offset=1000), "checks": [is_short], "progress": False}
     again = audit(load(tiny_model_dir), rows(120), output_dir=tmp_path, **settings)
     assert not drawn
@@ -299,7 +299,8 @@ def test_a_little_mojibake_is_noted_and_plain_foreign_text_is_fine():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"resample": 2}, "not implemented"),
+        ({"resample": 0}, "`resample` is 0"),
+        ({"resample": 2.5}, "`resample` is 2.5"),
         ({"confidence": 1.0}, "confidence"),
         ({"judges": ["oracle"]}, "no judge 'oracle'"),
         ({"judges": "ngram"}, "one string"),
@@ -431,7 +432,7 @@ def test_a_cache_writes_whole_files_and_survives_broken_ones(tmp_path):
 
 
 def test_an_imitator_that_thinks_first_is_audited_by_its_estimates(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr("hf_imitate.audits.evidence.CHUNK", 20)
+    monkeypatch.setattr("hf_imitate.audits.scorer.CHUNK", 20)
     model = get_peft_model(worlds.load_world(worlds.save_world(tmp_path_factory.mktemp("world"))), worlds.lora())
     law = ThoughtLaw((6,), worlds.LONGEST, torch.tensor([True] * 6 + [False] * 2))
     thinkers = Thinkers(model.eval(), law, Retrodictor.on_shared_base(model, worlds.lora()), [7], 7)

@@ -1,9 +1,12 @@
 """`hf-imitate audit`: from a model folder and a file to a report."""
 
 import json
+import shutil
 
 import pytest
 from audit_worlds import word_answers
+from distinguishers import make
+from transformers import AutoTokenizer
 
 from hf_imitate.audit_cli import AuditArguments, main, make_parser
 
@@ -50,3 +53,28 @@ def test_every_setting_of_audit_is_a_flag():
     assert parsed.judges == ["ngram", "lora:me/body"]
     assert parsed.top_k == 5
     assert isinstance(parsed, AuditArguments)
+
+
+def test_answers_that_the_distinguisher_keeps_are_audited(tiny_model_dir, data, tmp_path):
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "imitator")
+    distinguisher = make("full", tiny_model_dir, AutoTokenizer.from_pretrained(tiny_model_dir))
+    distinguisher.save_pretrained(folder / "distinguisher")
+    arguments = ["--model_name_or_path", str(folder), "--dataset_name", str(data), "--judges", "surface"]
+    arguments += ["--output_dir", str(tmp_path / "out"), "--max_new_tokens", "3"]
+    assert main([*arguments, "--resample", "2", "--num_estimates", "3"]) == 0
+    report = json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert report["ledger"]["resampling"]["resample"] == report["decoding"]["resample"] == 2
+    assert report["decoding"]["num_estimates"] == 3
+
+
+def test_nothing_can_be_kept_without_a_distinguisher(tiny_model_dir, data, tmp_path, capsys):
+    arguments = ["--model_name_or_path", str(tiny_model_dir), "--dataset_name", str(data)]
+    with pytest.raises(SystemExit) as caught:
+        main([*arguments, "--resample", "4", "--output_dir", str(tmp_path / "out")])
+    assert caught.value.code == 2
+    assert "has no distinguisher" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit) as caught:
+        main([*arguments, "--power", "--resample", "4"])
+    assert caught.value.code == 2
+    assert "it has no use for --resample" in capsys.readouterr().err

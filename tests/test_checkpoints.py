@@ -16,6 +16,7 @@ from hf_imitate.human_rows import HumanRow
 from hf_imitate.rendering import Answer, Rendered
 from hf_imitate.trainers.checkpoints import (
     LAST_WRITTEN,
+    STATE_VERSION,
     check_resumable,
     checkpoint_to_resume,
     checkpoints,
@@ -148,7 +149,7 @@ def test_a_checkpoint_that_is_named_and_not_whole_is_refused_by_the_file(output,
 def test_a_checkpoint_of_another_version_is_refused(output):
     file = output / "checkpoint-2" / "adversarial_state_0.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "version": 1}))
-    with pytest.raises(ValueError, match="is of version 1, and 2 is needed"):
+    with pytest.raises(ValueError, match=f"is of version 1, and {STATE_VERSION} is needed"):
         check_resumable(output / "checkpoint-2", 0, {})
 
 

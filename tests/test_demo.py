@@ -9,7 +9,16 @@ from transformers import AutoModelForCausalLM
 
 from hf_imitate import Imitator, demo
 from hf_imitate.audits.report import AuditReport, Finding
-from hf_imitate.demo_report import Measured, System, differences, read_scores, table, verdict
+from hf_imitate.demo_report import (
+    Measured,
+    Resampled,
+    System,
+    differences,
+    read_scores,
+    table,
+    verdict,
+    verdict_on_resampling,
+)
 
 JUDGE, NUM_QUESTIONS = "ngram", 400
 
@@ -131,17 +140,34 @@ def test_what_was_not_measured_is_said_not_to_be():
     assert "Human answers cost it" not in text
 
 
+def test_what_resampling_changed_is_said_only_where_the_interval_parts_from_zero():
+    single = measured("imitator", 0.7, 60.0)
+    better = verdict_on_resampling(Resampled(measured("kept", 0.55, 57.0), single))
+    assert "* the ngram judge is right: -0.140 [-0.196, -0.084], less often." in better
+    assert "* bits of a human answer: -3.00 [-3.00, -3.00], fewer." in better
+    worse = verdict_on_resampling(Resampled(measured("kept", 0.85, 63.0), single))
+    assert (worse.count(", more often."), worse.count(", more.")) == (1, 1)
+    same = verdict_on_resampling(Resampled(measured("kept", 0.7, 60.0), single))
+    assert same.count("which way is not certain") == 2
+
+
 def test_a_quick_demo_trains_audits_and_saves_what_loads(tiny_model_dir, tmp_path, capsys):
     out = tmp_path / "demo"
     assert demo.main(["--model", str(tiny_model_dir), "--output_dir", str(out), "--speed_up", "60"]) == 0
     printed = capsys.readouterr().out
     assert "Done in" in printed
     systems = json.loads((out / "demo.json").read_text(encoding="utf-8"))
-    assert [s["system"] for s in systems][-2:] == ["SFT, as many more steps", "imitator"]
-    assert len(systems) == 4
+    assert [s["system"] for s in systems][-3:] == ["SFT, as many more steps", "imitator", "imitator, resample 8"]
+    assert len(systems) == 5
+    assert (systems[-1]["resample"], systems[-1]["num_rows"]) == (8, demo.FEWEST_AUDITED)
+    kept = AuditReport.load(out / "_rivals" / "resampled")
+    assert kept["sampler_match"].value == 1.0
+    assert kept.decoding["resample"] == 8
+    assert json.loads(json.dumps(kept["bits_per_answer"].to_dict())) in systems[-1]["findings"]
+    assert "Where the distinguisher keeps one of 8 answers, on 60 of the questions" in printed
     report = AuditReport.load(out / "audit")
     assert report["paired_accuracy/ngram"].value is not None
-    assert json.loads(json.dumps(report["paired_accuracy/ngram"].to_dict())) in systems[-1]["findings"]
+    assert json.loads(json.dumps(report["paired_accuracy/ngram"].to_dict())) in systems[-2]["findings"]
     assert len(read_scores(out / "audit" / "scores.parquet")["question"]) == demo.FEWEST_AUDITED
     assert (out / "frontier.png").stat().st_size > 10_000
     assert (out / "audit" / "losses.png").exists()

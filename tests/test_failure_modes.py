@@ -124,6 +124,7 @@ def play(
         "distinguisher_steps": 3,
         "replay_ratio": 0.0,  # old answers slow the distinguisher down, and so short a game then ends in mid-swing
         "imitator_warmup_steps": 0,
+        "distinguisher_lm_warmup_steps": 0,
         "distinguisher_warmup_steps": 20,
         "retrodictive_coef": 0.0,
         "logging_steps": 5,

@@ -1,6 +1,7 @@
 """The card says what is known, admits what is not, and no string of anybody's can change what it is."""
 
 import ast
+import dataclasses
 import os
 import re
 import subprocess
@@ -12,15 +13,19 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_imitate.hub_cards.facts import TRAINED_LAW, CardFacts, CardMetric, Paper, hub_id_or_none
-from hf_imitate.hub_cards.model_card import (
+from hf_imitate.audits.report import AuditReport, Finding
+from hf_imitate.hub_cards.facts import TRAINED_LAW, CardFacts, CardMetric, Paper, Sample, hub_id_or_none
+from hf_imitate.hub_cards.markdown import (
+    MOST_SHOWN,
     fenced,
     markdown_code,
     markdown_text,
     python_literal,
-    render_card,
+    sparkline,
     visible,
 )
+from hf_imitate.hub_cards.model_card import MOST_SAMPLE, MOST_SAMPLES, render_card
+from hf_imitate.hub_cards.model_index import findings_of
 
 GAIL = Paper(
     "Generative Adversarial Imitation Learning", "1606.03476", "@inproceedings{ho2016,\n    title = {GAIL},\n}"
@@ -43,6 +48,7 @@ HOSTILE = [
     " spaces ",
     "plain_name-0.6B (ü, 模型)",
 ]
+MEGABYTE = "`x|<b>" * 200_000
 
 
 class _Page(HTMLParser):
@@ -88,6 +94,50 @@ def facts(**changes) -> CardFacts:
     return CardFacts(**{**known, **changes})
 
 
+def report(name="ngram", check="is_short", words="held-out answers, 600 rows", reason="needs `human_entropy`"):
+    """An audit with a judge, a check, an infinity and a gap."""
+    half = {"unit": "probability", "confidence": 0.95, "n": 600}
+    findings = (
+        Finding(f"paired_accuracy/{name}", 0.5300000000000001, interval=(0.49, 0.5700000001), **half),
+        Finding(f"tv_lower/{name}", 0.013, interval=(0.013, 1.0), certified=True, **half),
+        Finding(f"check_pass/{check}/human", 0.99, interval=(0.97, 1.0), **half),
+        Finding(f"check_pass/{check}/imitator", 0.75, interval=(0.7, 0.8), **half),
+        Finding("bits_per_answer", float("inf"), "bits", (31.25, float("inf")), 0.95, 600),
+        Finding("length_ratio", 1.0625, "ratio"),
+        Finding("hidden_deviation", None, "probability", detail=reason),
+        Finding(f"power_control/{name}", None, "probability", detail="it noticed none"),
+    )
+    judges = {name: {"p": 0.2, "p_holm": 0.5}}
+    ledger = {"confidence": 0.95, "certified": {"tv_lower": 0.01}, "judges": judges}
+    return AuditReport(findings, words, words, words, words, 0, ledger, 600, {"law": words})
+
+
+def filled(text: str) -> CardFacts:
+    """Facts that say `text` wherever a string is said."""
+    return facts(
+        model_name=text,
+        objective=text,
+        repo_id=text,
+        base_model=text,
+        base_revision=text,
+        papers=(Paper(text, text, text),),
+        dataset_name=text,
+        answered_by=text,
+        settings={text: text},
+        metrics={text: CardMetric(1.0, text)},
+        curves={text: [(1, 2.0), (2, 1.0)]},
+        audit=report(text, text, text, text),
+        samples=(Sample(text, text),),
+        versions={text: text},
+        tags=(text,),
+        license=text,
+        check_names=(text,),
+        has_distinguisher=True,
+        limits=(text,),
+        generation={text[:1000]: text[:1000]},
+    )
+
+
 def code_blocks(card: ModelCard) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```$", card.text, re.DOTALL | re.MULTILINE)
 
@@ -102,7 +152,7 @@ def test_every_fact_given_stands_in_the_card():
 
 def test_what_is_unknown_is_said_and_never_vanishes():
     empty = render_card(CardFacts(model_name="x", objective="y")).text
-    rows = ["| Base model | not stated |", "| Training rows | not stated |", "| License | not stated |"]
+    rows = [f"| {name} | not stated |" for name in ("Whose answers", "Base model", "Training rows", "License")]
     lines = ["| Checks | none |", "Settings: not stated.", "Not measured.", "This repository holds no distinguisher."]
     for line in [*rows, *lines]:
         assert line in empty
@@ -166,41 +216,123 @@ def test_escapes_can_fail():
     assert page("|a|b|\n|---|---|\n|x|" + HOSTILE[1] + "|").text != visible(HOSTILE[1])
 
 
-@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("text", [*HOSTILE, MEGABYTE], ids=range(len(HOSTILE) + 1))
 def test_a_card_full_of_hostile_strings_is_still_that_card(text, tmp_path):
-    hostile = facts(
-        model_name=text,
-        objective=text,
-        repo_id=text,
-        base_model=text,
-        base_revision=text,
-        papers=(Paper(text, text, text),),
-        dataset_name=text,
-        settings={text: text},
-        metrics={text: CardMetric(1.0, text)},
-        versions={text: text},
-        tags=(text,),
-        license=text,
-        check_names=(text,),
-        has_distinguisher=True,
-        limits=(text,),
-        generation={text: text},
-    )
-    card = render_card(hostile)
+    card = render_card(filled(text))
     card.save(tmp_path / "README.md")
-    assert str(ModelCard.load(tmp_path / "README.md")) == str(card)
+    loaded = ModelCard.load(tmp_path / "README.md")
+    assert str(loaded) == str(card)
 
-    assert card.data.tags[-1] == card.data.license == visible(text)
-    assert set(card.data.to_dict()) <= {"base_model", "datasets", "library_name", "license", "pipeline_tag", "tags"}
-    plain = page(render_card(facts(has_distinguisher=True, check_names=("c",), limits=("x",))).text)
-    shown = page(card.text)
-    assert set(shown.tags) <= set(plain.tags) | {"code"}
-    assert [tag for tag in shown.tags if tag.startswith("h")] == [tag for tag in plain.tags if tag.startswith("h")]
+    assert card.data.tags[-1] == card.data.license
+    assert card.data.license == visible(text) or len(text) > 1000 > len(card.data.license)
+    ours = {"base_model", "datasets", "library_name", "license", "model-index", "pipeline_tag", "tags"}
+    assert set(card.data.to_dict()) <= ours
+    assert [finding.value for finding in findings_of(loaded)] == [f.value for f in report().findings[:6]]
+    shown, expected = (page(one.text) for one in (card, render_card(filled("harmless text"))))
+    assert [tag for tag in shown.tags if tag != "code"] == [tag for tag in expected.tags if tag != "code"]
     assert not re.search("[\u202a-\u202e\u2066-\u2069\u200b\u2028\x00-\x08\x1b]", str(card))
-    assert "49" not in card.text  # nothing in a string is a template
+    assert "49" not in card.text.replace("0.49", "")  # nothing in a string is a template
     for block in code_blocks(card):
         literals = [node.value for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Constant)]
-        assert text in literals
+        assert text[:300] in literals
+    assert len(card.text) < 400_000
+
+
+def test_what_is_too_long_to_read_is_cut_and_counted():
+    for show in (markdown_text, markdown_code):
+        shown = page(show("y" * 10_000)).text
+        assert "y" * MOST_SHOWN in shown
+        assert shown.rstrip("\n").endswith(f"[and {10_000 - MOST_SHOWN:,} characters more]")
+    assert "[and 30,000 characters more]" in fenced("y" * 50_000, "text")
+
+
+# --- audit, curves, samples
+
+
+def test_without_an_audit_the_card_says_that_nothing_was_measured_and_has_no_model_index():
+    card = render_card(facts())
+    assert "could a freshly trained judge tell these answers from people's?): not measured." in card.text
+    assert "There is no audit, so nothing is known of what it would have missed." in card.text
+    assert card.data.eval_results is None
+
+
+def test_the_model_index_parses_back_to_the_audits_numbers_and_intervals(tmp_path):
+    given = report()
+    render_card(facts(audit=given)).save(tmp_path / "README.md")
+    read = findings_of(ModelCard.load(tmp_path / "README.md"))
+    measured = [finding for finding in given.findings if finding.value is not None]
+    assert len(read) == len(measured) == 6
+    for one, other in zip(read, measured, strict=True):
+        assert one == dataclasses.replace(other, detail="")
+    (result, *_) = ModelCard.load(tmp_path / "README.md").data.eval_results
+    assert (result.dataset_type, result.dataset_args["plan_hash"]) == ("me/answers", given.plan_hash)
+    assert findings_of(render_card(facts())) == ()
+
+
+def test_a_model_index_of_anybodys_is_refused_where_it_is_no_audit(tmp_path):
+    text = str(render_card(facts(audit=report())))
+    for old, new in [("unit: bits", "unit: apples"), ("n: 600", "n: [6]"), ("certified: false", "extra: 1")]:
+        assert old in text
+        with pytest.raises(ValueError, match=r"finding|unit"):
+            findings_of(ModelCard(text.replace(old, new)))
+
+
+def test_the_card_says_what_the_audit_found_and_what_it_could_not_see():
+    card = render_card(facts(audit=report(), figures=("audit/losses.png",))).text
+    shown = page(card).text
+    for sentence in (
+        "None of 1 freshly trained judges (ngram) saw a difference",
+        "The silence of ngram proves nothing",
+        "The check is_short: people pass it in 99.0%, the imitator in 75.0%",
+        "In at least 1.3% of cases (total variation) it answers otherwise than people do.",
+        "hidden_deviation was not measured: needs `human_entropy`",
+        "power_control/ngram was not measured: it noticed none",
+        "it says who could not tell, on how many questions, and never that nobody could",
+    ):
+        assert sentence in " ".join(shown.split())
+    assert "| `bits_per_answer` | infinite | bits | 31.25 to infinite | 0.95 | 600 | no |" in card
+    assert "| `tv_lower/ngram` | 0.013 | probability | 0.013 to 1 | 0.95 | 600 | yes |" in card
+    assert "| `length_ratio` | 1.062 | ratio | not stated | not stated | not stated | no |" in card
+    assert "(audit/losses.png)" in card
+    assert "img" in page(card).tags
+
+
+@pytest.mark.parametrize(
+    "path", ["/etc/x.png", "../x.png", "audit/../../x.png", "a b.png", "x.svg", "javascript:x.png"]
+)
+def test_a_figure_is_a_picture_inside_the_repository(path):
+    with pytest.raises(ValueError, match="`figures`"):
+        facts(figures=(path,))
+
+
+def test_training_curves_are_drawn_from_their_least_value_to_their_greatest():
+    assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
+    assert sparkline([2.0, 2.0]) == "▁▁"
+    assert sparkline([float("nan"), 1.0, float("inf")]) == "▁"
+    assert sparkline([]) == ""
+    long = sparkline([float(i) for i in range(1000)])
+    assert (len(long), long[0], long[-1]) == (24, "▁", "█")
+    points = {"loss": [(1, 3.0), (5, 2.0), (10, 1.0)], "empty": []}
+    text = render_card(facts(curves=points)).text
+    assert "| `loss` | 1 to 10 | 3 | 1 | █▅▁ |" in text
+    assert "empty" not in text
+    assert "### Training curves\n\nNot measured." in render_card(facts()).text
+
+
+def test_samples_are_none_unless_asked_for_and_then_few_and_cut():
+    assert "None: samples are shown only where somebody asks for them." in render_card(facts()).text
+    many = tuple(Sample(f"question {i}", "z" * 5000) for i in range(20))
+    text = render_card(facts(samples=many)).text
+    assert f"question {MOST_SAMPLES - 1}" in text
+    assert f"question {MOST_SAMPLES}" not in text
+    assert text.count("z" * MOST_SAMPLE) == MOST_SAMPLES
+    assert "z" * (MOST_SAMPLE + 1) not in text
+
+
+def test_the_card_says_whose_answers_it_imitates_and_what_it_is_not_for():
+    text = " ".join(render_card(facts(answered_by="members of a chess club")).text.split())
+    assert "**Whose answers:** members of a chess club **What it is not for:** it is no source of facts" in text
+    assert "who these people are is not stated" in render_card(facts()).text
 
 
 @pytest.mark.parametrize("value", [*HOSTILE, "both ' and \"", True, None, 1.0, [{"role": "user", "content": "x"}]])

@@ -1,6 +1,8 @@
 """A push is private, one commit, and holds the imitator and nothing else: shown against a Hub that speaks HTTP."""
 
 import json
+import logging
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -8,11 +10,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
-from hub_server import hub_environment, hub_server
+from hub_server import Hub, hub_environment, hub_server
 
 from hf_imitate.hub_cards.facts import CardFacts
 from hf_imitate.hub_cards.model_card import render_card
-from hf_imitate.hub_cards.push import IGNORED_FILES, push_folder
+from hf_imitate.hub_cards.push import IGNORED_FILES, check_bases, published_files, push_folder
 
 PUBLISHED = {
     "README.md": "card",
@@ -42,6 +44,7 @@ LEFT_BEHIND = [
     "adversarial_state/replay.json",
     "audit/scores.parquet",
     "audit/cache/answers.parquet",
+    "audit/by_person.parquet",
     "audit/cache/0123abcd/evidence.json",
     "ref/adapter_model.safetensors",
     "runs/events.out.tfevents.1",
@@ -191,6 +194,152 @@ def test_each_file_left_behind_is_named_by_a_pattern(path):
     assert any(fnmatch(path, pattern) for pattern in IGNORED_FILES)
 
 
+def test_of_an_audit_only_its_report_and_its_figures_are_published(output_dir):
+    for name in ("audit.md", "plan.json", "evidence.json", "answers.txt", "resampled/audit.json", "resampled/x.csv"):
+        (output_dir / "audit" / name).parent.mkdir(exist_ok=True)
+        (output_dir / "audit" / name).write_text("text")
+    found = {name for name in published_files(output_dir) if name.startswith("audit/")}
+    kept = ("audit.json", "audit.md", "plan.json", "judges.png", "resampled/audit.json")
+    assert found == {f"audit/{name}" for name in kept}
+
+
 def test_a_folder_that_is_none_is_said_before_anything_is_created(tmp_path):
     with pytest.raises(FileNotFoundError, match="not a directory"):
         push_folder(tmp_path / "missing", "me/me-imitator")
+
+
+# --- what a push may and may not do to what is there
+
+
+def test_a_push_that_is_killed_half_way_leaves_the_last_revision_whole(tmp_path, tiny_model_dir):
+    """Killed while the second of two large files arrives: the first is stored, and no commit names it."""
+    folder = tmp_path / "imitator"
+    shutil.copytree(tiny_model_dir, folder)
+    store = Hub()
+    program = "import sys\nfrom hf_imitate.hub_cards.push import push_folder\npush_folder(sys.argv[1], 'me/imitator')"
+
+    def push() -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-c", program, str(folder)], env=environment, stderr=subprocess.DEVNULL
+        )
+
+    with hub_server(store) as url:
+        environment = hub_environment(url, tmp_path / "home")
+        assert push().wait() == 0
+        repo = store.repos["model", "me/imitator"]
+        before, num_objects = repo.branches["main"], len(store.lfs)
+        for name in ("model.safetensors", "tokenizer.json"):
+            (folder / name).write_bytes((folder / name).read_bytes() + b" ")
+        arrived = []
+
+        def kill_at_the_second() -> None:
+            arrived.append(None)
+            if len(arrived) == 2:
+                running.kill()
+
+        store.before_lfs = kill_at_the_second
+        running = push()
+        running.wait()
+        assert running.returncode < 0
+        assert len(store.lfs) > num_objects
+        assert repo.branches["main"] is before
+        store.before_lfs = lambda: None
+        assert push().wait() == 0
+        assert repo.branches["main"].parent is before
+        assert repo.branches["main"].files["model.safetensors"].content[-1:] == b" "
+
+
+def test_what_the_folder_no_longer_holds_is_no_longer_loaded(hub, output_dir):
+    """An adapter is pushed over full weights, without the audit and the distinguisher that were theirs."""
+    files = hub(f"""
+        import shutil
+        from pathlib import Path
+        folder, api = Path({str(output_dir)!r}), HfApi()
+        push_folder(folder, "me/me-imitator")
+        api.upload_file(path_or_fileobj=b"mine", path_in_repo="LICENSE", repo_id="me/me-imitator")
+        for name in ("distinguisher", "audit"):
+            shutil.rmtree(folder / name)
+        for name in ("config.json", "model.safetensors"):
+            (folder / name).unlink()
+        (folder / "adapter_model.safetensors").write_bytes(b"adapter")
+        push_folder(folder, "me/me-imitator")
+        print(json.dumps(api.list_repo_files("me/me-imitator")))
+    """)
+    kept = {".gitattributes", "LICENSE", "README.md", "generation_config.json", "imitation.json"}
+    assert set(files) == {*kept, "adapter_model.safetensors", "reference_answers.txt"}
+
+
+def test_a_checkpoint_to_go_on_from_is_beside_the_imitator_and_never_public(hub, output_dir):
+    found = hub(f"""
+        from pathlib import Path
+        folder, api = Path({str(output_dir)!r}), HfApi()
+        (folder / "_latent_state_0.json").write_text("state")
+        push_folder(folder, "me/run", checkpoint_name="last-checkpoint")
+        (folder / "rng_state_0.pth").unlink()
+        push_folder(folder, "me/run", checkpoint_name="last-checkpoint")
+        try:
+            push_folder(folder, "me/open", private=False, checkpoint_name="last-checkpoint")
+        except ValueError as error:
+            message = str(error)
+        print(json.dumps([message, api.list_repo_files("me/run"), len(api.list_repo_commits("me/run"))]))
+    """)
+    message, files, num_commits = found
+    assert "private repositories only" in message
+    assert num_commits == 3
+    inside = {name.removeprefix("last-checkpoint/") for name in files if name.startswith("last-checkpoint/")}
+    states = {"optimizer.bin", "scheduler.pt", "rng_state.pth", "trainer_state.json", "_latent_state_0.json"}
+    assert states <= inside
+    assert not {"rng_state_0.pth", "training_args.bin", "pickled.pkl", "audit/scores.parquet"} & inside
+    assert not states & set(files)
+
+
+def test_a_commit_of_somebody_else_in_between_is_not_overwritten(hub, output_dir):
+    seen = hub(f"""
+        from huggingface_hub import CommitOperationAdd
+        from huggingface_hub.errors import HfHubHTTPError
+        import hf_imitate.hub_cards.push as push
+        api, create = HfApi(), HfApi.create_commit
+        push_folder({str(output_dir)!r}, "me/shared")
+
+        class Raced(HfApi):
+            def create_commit(self, *args, **kwargs):
+                create(self, "me/shared", [CommitOperationAdd("theirs.txt", b"1")], commit_message="Theirs")
+                return create(self, *args, **kwargs)
+
+        push.HfApi = Raced
+        from pathlib import Path
+        (Path({str(output_dir)!r}) / "imitation.json").write_text('{{"version": 2}}')
+        try:
+            push_folder({str(output_dir)!r}, "me/shared")
+        except HfHubHTTPError as error:
+            print(json.dumps([error.response.status_code, api.list_repo_commits("me/shared")[0].title]))
+    """)
+    assert seen == [412, "Theirs"]
+
+
+def test_a_link_in_the_folder_publishes_nothing(output_dir, tmp_path):
+    (tmp_path / "secret.txt").write_text("secret")
+    (output_dir / "notes.txt").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(ValueError, match=r"notes\.txt is a link"):
+        published_files(output_dir)
+    (output_dir / "notes.txt").unlink()
+    (output_dir / "elsewhere").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="elsewhere is a link"):
+        published_files(output_dir)
+    (output_dir / "elsewhere").rename(output_dir / "_elsewhere")
+    assert set(published_files(output_dir)) == set(PUBLISHED)
+
+
+def test_a_local_base_is_never_published_unnoticed(output_dir, tmp_path, caplog):
+    config = {"base_model_name_or_path": str(tmp_path / "my secret" / "base")}
+    (output_dir / "distinguisher" / "adapter_config.json").write_text(json.dumps(config))
+    files = published_files(output_dir)
+    with pytest.raises(ValueError, match=r"in distinguisher/adapter_config\.json is a local path") as error:
+        check_bases(output_dir, files, private=False)
+    with caplog.at_level(logging.WARNING):
+        check_bases(output_dir, files, private=True)
+    assert "whoever lacks that folder cannot load the adapter" in caplog.text
+    assert "secret" not in str(error.value) + caplog.text
+    config["base_model_name_or_path"] = "me/base"
+    (output_dir / "distinguisher" / "adapter_config.json").write_text(json.dumps(config))
+    check_bases(output_dir, files, private=False)

@@ -16,7 +16,7 @@ from tiny_runs import distinguisher_weights, imitator_weights, make, rows, train
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from hf_imitate.plateau import Plateau
-from hf_imitate.trainers import adversarial_trainer
+from hf_imitate.trainers import adversarial_plan
 
 TESTS = Path(__file__).parent
 CLOCK = ("runtime", "per_second", "step_time")
@@ -138,12 +138,17 @@ def with_everything(folder, model, **changes):
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # 15 s of work, and a busy machine may take long over them
 def test_a_run_goes_on_from_every_one_of_its_steps_to_the_last_bit(tmp_path, tiny_model_dir, monkeypatch):
-    monkeypatch.setattr(adversarial_trainer, "READING_EVERY", 1)
-    monkeypatch.setattr(adversarial_trainer, "Plateau", lambda: Plateau(patience=1, min_delta=100.0))
+    monkeypatch.setattr(adversarial_plan, "READING_EVERY", 1)
+    monkeypatch.setattr(adversarial_plan, "Plateau", lambda: Plateau(patience=1, min_delta=100.0))
     whole, states = assert_resumes(tmp_path, tiny_model_dir, with_everything)
 
     # What the sweep has to have met, or it shows less than it says.
-    assert whole.phases.state() == {"imitator_warmup": 2, "distinguisher_warmup": 2, "game": 10}
+    assert whole.phases.state() == {
+        "imitator_warmup": 2,
+        "distinguisher_lm_warmup": 0,
+        "distinguisher_warmup": 2,
+        "game": 10,
+    }
     assert {state["entered_phase"] for state in states.values()} == {
         *("imitator_warmup", "distinguisher_warmup", "game")
     }

@@ -157,8 +157,6 @@ def test_the_best_checkpoint_is_by_default_the_one_with_the_fewest_bits(best):
         ({"packing": True, "packing_strategy": "wrapped"}, "`packing_strategy` is 'wrapped', which cuts answers"),
         ({"packing": True, "packing_strategy": "bfd_split"}, "`packing_strategy` is 'bfd_split', which cuts answers"),
         ({"padding_free": True}, "`padding_free=True` without packing goes with `max_length=None` alone; it is 1024"),
-        ({"hub_strategy": "checkpoint"}, "`hub_strategy` is 'checkpoint', which pushes the states of a run"),
-        ({"hub_strategy": "all_checkpoints"}, "Use 'every_save' or 'end'"),
     ],
 )
 def test_a_bad_setting_fails_in_the_config_and_says_what_to_do(settings_given, said):

@@ -53,6 +53,24 @@ def test_a_flag_beats_the_file_and_the_file_beats_the_default(parser, tmp_path):
     assert from_file == from_line == []
 
 
+@pytest.mark.parametrize(
+    ("words", "in_file", "expected"),
+    [
+        ([], "", None),
+        (["--distinguisher", "ngram"], "", "ngram"),
+        (["--distinguisher", "ngram", "a/model"], "", ["ngram", "a/model"]),
+        ([], "distinguisher: a/model", "a/model"),
+        ([], "distinguisher: [ngram, a/model]", ["ngram", "a/model"]),
+    ],
+)
+def test_one_or_several_distinguishers_are_named_on_the_line_or_in_a_file(parser, tmp_path, words, in_file, expected):
+    config = tmp_path / "x.yaml"
+    config.write_text(f"seed: 1\n{in_file}\n")
+    (script, *_), from_file, from_line = parse(parser, "--config", str(config), *words)
+    assert train_cli._distinguisher(script.distinguisher) == expected
+    assert from_file == from_line == []
+
+
 @pytest.mark.parametrize("name", train_cli.TRAINERS)
 def test_every_field_of_the_config_is_a_flag(name):
     import dataclasses

@@ -11,6 +11,7 @@ from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
+from hf_imitate.trainers.adversarial_plan import AdversarialPlan
 from hf_imitate.trainers.adversarial_saving import AdversarialSaving
 from hf_imitate.trainers.adversarial_trainer import AdversarialTrainer
 from hf_imitate.trainers.imitator_saving import ImitatorSaving
@@ -35,6 +36,7 @@ OVERRIDES = {
     "save_model": Trainer,
     "push_to_hub": Trainer,
     "set_initial_training_values": Trainer,
+    "create_optimizer": Trainer,
     "create_scheduler": Trainer,
     "get_batch_samples": Trainer,
 }
@@ -47,7 +49,7 @@ ATTRIBUTES = (
 
 def own_methods():
     found = {}
-    for kind in (ImitatorSaving, AdversarialSaving, AdversarialTrainer):
+    for kind in (ImitatorSaving, AdversarialSaving, AdversarialPlan, AdversarialTrainer):
         found |= {name: value for name, value in vars(kind).items() if inspect.isfunction(value)}
     return found
 

@@ -48,6 +48,7 @@ def settings(folder: Path, **changes: Any) -> AdversarialConfig:
         "output_dir": str(folder / "run"),
         "max_steps": 2,
         "imitator_warmup_steps": 0,
+        "distinguisher_lm_warmup_steps": 0,
         "distinguisher_warmup_steps": 0,
         "heldout_fraction": 0.25,
         "per_device_train_batch_size": 8,

@@ -49,6 +49,12 @@ class AdversarialConfig(GRPOConfig):
             Without held-out rows it takes them all.
         imitator_warmup_learning_rate (`float`, *optional*, defaults to `2e-4`):
             Learning rate of those steps: that of supervised fine-tuning with LoRA. A game's rate would not move it.
+        distinguisher_lm_warmup_steps (`int` or `str`, *optional*, defaults to `"auto"`):
+            Likelihood steps of a separate distinguisher's body on the same human rows, before it classifies: it then
+            knows what human answers look like, of which one bit per pair teaches little. At the rate of
+            `imitator_warmup_learning_rate`. `"auto"` stops when held-out nats stop improving, at most 3 passes over
+            the rows and 1 000 steps; it is 0 where the distinguisher shares the imitator's base or starts from a copy
+            of it, and where it comes without a language model's head.
         distinguisher_warmup_steps (`int` or `str`, *optional*, defaults to `"auto"`):
             Classification steps before the game, the imitator standing still. `"auto"` stops when the loss on held-out
             pairs stops improving, at most 200 steps. A weak distinguisher at the start destroys the imitator. Without
@@ -70,6 +76,11 @@ class AdversarialConfig(GRPOConfig):
             there; `"drop"` takes them out of their group; `"penalty"` gives them their group's lowest reward.
         allow_unlabelled (`bool`, *optional*, defaults to `False`):
             Whether rows with `completion=None` may ask questions nobody answered.
+        freeze_imitator (`bool`, *optional*, defaults to `False`):
+            Whether only the distinguisher learns, against an imitator that stays as it is, trainable or not; the
+            result is for `Imitator.answer(..., resample=K)`. There is no imitator warm-up, no policy term and no
+            likelihood term, so settings of these are errors, and the steps of the game are more of the
+            distinguisher's warm-up, at a rate that follows the schedule.
     """
 
     learning_rate: float = field(default=2e-5, metadata={"help": "Learning rate of the imitator in the game."})
@@ -104,6 +115,10 @@ class AdversarialConfig(GRPOConfig):
         default="auto", metadata={"help": "Likelihood steps before the game, or 'auto'."}
     )
     imitator_warmup_learning_rate: float = field(default=2e-4, metadata={"help": "Learning rate of those steps."})
+    distinguisher_lm_warmup_steps: str | int = field(
+        default="auto",
+        metadata={"help": "Likelihood steps of a separate distinguisher's body, or 'auto'; 0 for a shared base."},
+    )
     distinguisher_warmup_steps: str | int = field(
         default="auto", metadata={"help": "Classification steps before the game, or 'auto'."}
     )
@@ -120,6 +135,7 @@ class AdversarialConfig(GRPOConfig):
     heldout_fraction: float = field(default=0.05, metadata={"help": "Share of human answers held out, in [0, 1)."})
     truncated_answers: str = field(default="score", metadata={"help": "'score', 'drop' or 'penalty'."})
     allow_unlabelled: bool = field(default=False, metadata={"help": "Allow rows with completion=None."})
+    freeze_imitator: bool = field(default=False, metadata={"help": "Only the distinguisher learns."})
 
     def __post_init__(self):
         on_cpu = self.use_cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
@@ -134,8 +150,10 @@ class AdversarialConfig(GRPOConfig):
             self.metric_for_best_model, self.greater_is_better = LOWEST_BITS, False
         if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(BITS):
             self.greater_is_better = False  # transformers takes all but losses for scores
-        self.imitator_warmup_steps = steps_or_auto("imitator_warmup_steps", self.imitator_warmup_steps)
-        self.distinguisher_warmup_steps = steps_or_auto("distinguisher_warmup_steps", self.distinguisher_warmup_steps)
+        for name in ("imitator_warmup_steps", "distinguisher_lm_warmup_steps", "distinguisher_warmup_steps"):
+            setattr(self, name, steps_or_auto(name, getattr(self, name)))
+        if self.freeze_imitator:
+            self._check_frozen()
         self._check_choices()
         self._check_combinations()
         self._check_ranges()
@@ -162,6 +180,23 @@ class AdversarialConfig(GRPOConfig):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; need one of {list(allowed)}.")
+
+    def _check_frozen(self) -> None:
+        """`freeze_imitator=True`: nothing may ask the imitator to move."""
+        if self.imitator_warmup_steps == "auto":
+            self.imitator_warmup_steps = 0
+        contradicting = {
+            "imitator_warmup_steps": (0, "would move the imitator before the game"),
+            "retrodictive_coef": (None, "weighs a likelihood term that moves the imitator"),
+            "retrodictive_budget": (None, "holds the imitator to what it loses in the game"),
+            "num_iterations": (1, "lets the imitator learn from answers again"),
+        }
+        for name, (neutral, what) in contradicting.items():
+            if getattr(self, name) != neutral:
+                raise ValueError(
+                    f"`{name}`={getattr(self, name)} {what}, and `freeze_imitator=True` keeps it as it is. Leave "
+                    f"`{name}` at {neutral}, or set `freeze_imitator=False`."
+                )
 
     def _check_combinations(self) -> None:
         if self.imitator_reward == "gail" and self.distinguisher_loss != "bce":

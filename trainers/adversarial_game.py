@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from hf_imitate.checks import Check, check_name
 from hf_imitate.contest import Round, Scores, run_checks, score_then_update
-from hf_imitate.distinguisher import mean_loss_and_accuracy
 from hf_imitate.guards import Guard, Memory
 from hf_imitate.human_rows import ROW_COLUMN, HumanRows, render_humans
 from hf_imitate.losses import imitator_reward, paired_wins, penalize_truncated
@@ -22,21 +21,13 @@ from hf_imitate.rendering import Renderer
 from hf_imitate.replay import ReplayBuffer
 from hf_imitate.surface import MIN_ANSWERS, audit_surface
 from hf_imitate.trainers.adversarial_config import AdversarialConfig
+from hf_imitate.trainers.adversarial_heldout import NO_SIGNAL, Heldout, Signal
 from hf_imitate.trainers.adversarial_rewards import check_scores
-from hf_imitate.trainers.phases import DISTINGUISHER_WARMUP
+from hf_imitate.trainers.phases import DISTINGUISHER_WARMUP, GAME
 
 logger = logging.getLogger(__name__)
 
-NUM_HELDOUT_PAIRS = 256
 NUM_SURFACE_PAIRS = 200
-NO_SIGNAL = 0.55
-
-
-class Reading(NamedTuple):
-    """Loss (nats per comparison) and paired accuracy on held-out pairs; NaN if there are none."""
-
-    loss: float
-    accuracy: float
 
 
 class Game:
@@ -48,6 +39,7 @@ class Game:
         checks (`Sequence[Callable]`): what the distinguisher can verify.
         renderer ([`Renderer`]): reads the imitator's answers.
         human_rows ([`HumanRows`]): the humans' answers, some held out.
+        prompts (`Sequence`): the questions, by row.
         accelerator ([`~accelerate.Accelerator`]): knows the processes.
         record (`Callable`): takes a metric's name, sum and count.
     """
@@ -59,6 +51,7 @@ class Game:
         checks: Sequence[Check],
         renderer: Renderer,
         human_rows: HumanRows,
+        prompts: Sequence[str | list],
         accelerator: Accelerator,
         record: Callable[[str, float, float], None],
     ):
@@ -67,7 +60,7 @@ class Game:
         self.guard = Guard()
         self.memory = Memory(len(human_rows.train), len(human_rows.heldout))
         self.replay = ReplayBuffer(seed=args.seed + accelerator.process_index)
-        self.heldout_pairs: list[Pair] = []
+        self.heldout = Heldout(human_rows, prompts, learner, accelerator, record)
         self.surface_pairs: list[Pair] | None = []  # None once they were looked at
         self.pause: str | None = None
         self.paused_since: int | None = None
@@ -148,7 +141,8 @@ class Game:
             return {}
         first = self.accelerator.process_index * len(batch.questions)
         # Before the game each row asks its own question; in it, a question's first generations are as good as any.
-        most = self.args.num_generations if phase == DISTINGUISHER_WARMUP else self.args.distinguisher_generations
+        is_paid = phase == GAME and not self.args.freeze_imitator
+        most = self.args.distinguisher_generations if is_paid else self.args.num_generations
         learn_from = [
             i
             for i, human in enumerate(batch.humans)
@@ -174,8 +168,8 @@ class Game:
                 continue
             pair = batch.pair(i)
             if batch.heldout[i]:
-                if phase == DISTINGUISHER_WARMUP and len(self.heldout_pairs) < NUM_HELDOUT_PAIRS:
-                    self.heldout_pairs.append(pair)
+                if phase == DISTINGUISHER_WARMUP or self.args.freeze_imitator:
+                    self.heldout.add(batch.questions[i], pair)
                 continue
             if self.surface_pairs is not None and batch.questions[i] not in batch.questions[:i]:
                 self.surface_pairs.append(pair)
@@ -210,24 +204,21 @@ class Game:
         heldout = [row for k in range(first, stop) for row in self.human_rows.draw(k, 1, stream=1, heldout=True)]
         return [*self.human_rows.draw(number, size, stream=1)[: size - len(heldout)], *heldout]
 
-    def reading(self) -> Reading:
-        """How well the distinguisher does on the held-out pairs met while the imitator stood still."""
-        logits = self.learner.score(self.heldout_pairs)
-        loss, accuracy = mean_loss_and_accuracy(logits, self.learner.loss)
-        sums = torch.tensor([[loss, accuracy, 1.0] if logits else [0.0] * 3], device=self.accelerator.device)
-        loss, accuracy, count = gather(sums).sum(dim=0).tolist()
-        return Reading(loss / count, accuracy / count) if count else Reading(float("nan"), float("nan"))
-
-    def say_whether_there_is_a_signal(self) -> None:
-        """After the warm-up: a distinguisher that cannot tell held-out pairs apart has nothing to teach."""
-        accuracy = self.reading().accuracy
-        if accuracy < NO_SIGNAL and self.accelerator.is_main_process:
-            logger.warning(
-                "After its warm-up the distinguisher is right in only %.0f %% of held-out pairs: its reward carries "
-                "hardly any signal. That is not proof of a human-like imitator. Let it know more than the imitator: a "
-                "larger `distinguisher`, `checks`, or more `distinguisher_warmup_steps`.",
-                100 * accuracy,
-            )
+    def ask_for_a_signal(self) -> Signal:
+        """After its warm-up: a distinguisher that cannot tell pairs apart has nothing to teach, and that is said."""
+        signal = self.heldout.signal()
+        if self.accelerator.is_main_process:
+            if signal.upper < NO_SIGNAL:
+                logger.warning(signal.describe(self.args.freeze_imitator))
+            elif signal.num > 0 and signal.accuracy < NO_SIGNAL:
+                logger.warning(signal.describe_doubt())
+            elif signal.num:
+                logger.info(
+                    "On %d held-out questions the distinguisher prefers the human's answer in %.0f %%.",
+                    signal.num,
+                    100 * signal.accuracy,
+                )
+        return signal
 
     def state(self) -> dict[str, Any]:
         """JSON-ready state."""
@@ -237,16 +228,16 @@ class Game:
             "pause": self.pause,
             "paused_since": self.paused_since,
             "replay": self.replay.state(),
-            "heldout_pairs": [asdict(pair) for pair in self.heldout_pairs],
+            "heldout": self.heldout.state(),
             "surface_pairs": None if self.surface_pairs is None else [asdict(pair) for pair in self.surface_pairs],
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take up what `state` wrote."""
+    def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Take up what `state` wrote; `tensors` are those of `heldout`."""
         self.guard, self.pause, self.paused_since = Guard(**state["guard"]), state["pause"], state["paused_since"]
         self.memory = Memory(**state["memory"])
         self.replay.load_state(state["replay"])
-        self.heldout_pairs = [Pair.from_json(pair) for pair in state["heldout_pairs"]]
+        self.heldout.load_state(state["heldout"], tensors)
         surface = state["surface_pairs"]
         self.surface_pairs = None if surface is None else [Pair.from_json(pair) for pair in surface]
 
@@ -254,6 +245,8 @@ class Game:
         if phase is None:
             return  # an evaluation in the middle of a pause does not end it
         self._watch_memory(s_imitator, s_human, batch)
+        if self.args.freeze_imitator:
+            return  # nobody plays, so nothing can go wrong with the game
         if phase == DISTINGUISHER_WARMUP:
             # The warm-up asks answered questions only; answers to the others may be longer.
             asks_all = not self.args.allow_unlabelled

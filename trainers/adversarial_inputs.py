@@ -159,8 +159,47 @@ def check_loss(loss: Tensor, model: nn.Module, accelerator: Accelerator, step: i
     )
 
 
-def check_model(model: Any) -> None:
-    """Check the imitator's model before anything is loaded or changed.
+def check_frozen(args: AdversarialConfig, reward_funcs: Sequence[Any], optimizers: tuple[Any, Any]) -> None:
+    """Check that nothing was given that only an imitator that learns could use.
+
+    Raises:
+        ValueError: `freeze_imitator` is set, and so are rewards or an optimizer of the user's own.
+    """
+    if args.freeze_imitator and (reward_funcs or optimizers != (None, None)):
+        name = "reward_funcs" if reward_funcs else "optimizers"
+        raise ValueError(
+            f"`{name}` is given, and `freeze_imitator=True` keeps the imitator as it is: nobody is paid, and no "
+            f"optimizer moves it. Leave out `{name}`, or set `freeze_imitator=False`."
+        )
+
+
+def check_distinguisher(given: Any) -> None:
+    """Check a list of distinguishers before anything is loaded.
+
+    Raises:
+        ValueError: it is empty, or holds one distinguisher twice.
+    """
+    if not isinstance(given, list):
+        return
+    twice = [one for i, one in enumerate(given) if any(one is other or _is_same(one, other) for other in given[:i])]
+    if not given or twice:
+        found = "is empty" if not given else f"has {_name(twice[0])} twice, which sees nothing more than one of them"
+        raise ValueError(
+            f"The list `distinguisher` {found}. Give different ones, such as ['ngram', a larger model]; `None` is the "
+            "adapter beside the imitator's."
+        )
+
+
+def _name(distinguisher: Any) -> str:
+    return repr(distinguisher) if isinstance(distinguisher, str | None) else f"one {type(distinguisher).__name__}"
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    return isinstance(one, str) and isinstance(other, str) and one == other
+
+
+def check_model(model: Any, is_frozen: bool = False) -> None:
+    """Check the imitator's model before anything is loaded or changed; a frozen one need not be trainable.
 
     Raises:
         ValueError: a path holds an adapter; an adapter could not be trained, saved or told from the distinguisher's.
@@ -184,7 +223,7 @@ def check_model(model: Any) -> None:
             f"`model.delete_adapter('{ADAPTER_NAME}')`, or go on with that run by "
             "`trainer.train(resume_from_checkpoint=True)`."
         )
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    if not (is_frozen or any(parameter.requires_grad for parameter in model.parameters())):
         raise ValueError(
             f"No parameter of the PeftModel (adapters {adapters}) is trainable. Load the adapter with "
             "`PeftModel.from_pretrained(base, path, is_trainable=True)`."

@@ -26,7 +26,7 @@ from hf_imitate.trainers.checkpoints import (
     data_digest,
 )
 from hf_imitate.trainers.imitator_saving import LIBRARIES, ImitatorSaving
-from hf_imitate.trainers.phases import Phases
+from hf_imitate.trainers.phases import DISTINGUISHER_WARMUP, GAME, Phases
 
 logger = logging.getLogger(__name__)
 
@@ -102,12 +102,11 @@ class AdversarialSaving(ImitatorSaving):
 
     def save_beside(self, folder: Path) -> None:
         """Save the distinguisher."""
-        own_tokenizer = self.distinguisher.tokenizer is not self._tokenizer
-        self.distinguisher.save_pretrained(folder / "distinguisher", with_tokenizer=own_tokenizer)
+        self.distinguisher.save_beside(folder / "distinguisher", self._tokenizer)
 
     def published_models(self) -> tuple[nn.Module, ...]:
         """The imitator and its distinguisher."""
-        return self.model, self.distinguisher.model
+        return self.model, *self.distinguisher.published_models()
 
     def trained_law(self) -> GenerationConfig:
         """The generation settings whose law was trained: temperature 1, nothing cut but the length."""
@@ -176,6 +175,7 @@ class AdversarialSaving(ImitatorSaving):
             tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in moments.items()}
         for i, part in enumerate(self._buffered_inputs or []):
             tensors |= {f"buffer.{i}.{name}": value for name, value in part.items() if isinstance(value, torch.Tensor)}
+        tensors |= self.bodies.tensors() | self.game.heldout.tensors()
         # Of every node on its own, the other nodes' files are elsewhere.
         processes = [self.accelerator.process_index] if self.args.save_on_each_node else range(self.args.world_size)
         stored = {
@@ -220,6 +220,7 @@ class AdversarialSaving(ImitatorSaving):
                 _, index, moment = name.split(".")
                 optimizer["state"].setdefault(int(index), {})[moment] = tensor
         learner.optimizer.load_state_dict(optimizer)
+        self.bodies.load_tensors(tensors)
         self._step = stored["step"]
         device = self.accelerator.device
         self._buffered_inputs = [_buffered(tensors, i, device) for i in range(stored["num_buffered"])] or None
@@ -227,8 +228,15 @@ class AdversarialSaving(ImitatorSaving):
         self.phases = dataclasses.replace(Phases(**stored["phases"]), game=self.phases.game)
         self._entered_phase, self._last_reading = stored["entered_phase"], stored["last_reading"]
         self._plateau = dataclasses.replace(self._plateau, **stored["plateau"])
+        if self._entered_phase in (DISTINGUISHER_WARMUP, GAME):
+            self.bodies.release()
+        elif self.phases.distinguisher_lm_warmup and not self.bodies.learners:
+            raise ValueError(
+                f"{checkpoint} is from before the distinguisher's body was fitted, and this trainer has let go of "
+                "what fits it. Make a new trainer and resume with that."
+            )
         self.likelihood.load_state(stored["likelihood"])
-        self.game.load_state(stored["game"])
+        self.game.load_state(stored["game"], tensors)
         self.state.max_steps = self.phases.total
         self._take_up_metrics(stored["unlogged"])
         for _ in range(stored["passes"]):

@@ -5,7 +5,7 @@ import copy
 import logging
 import random
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -17,7 +17,10 @@ from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 from hf_imitate.checks import Check
 from hf_imitate.classifier import default_peft_config
 from hf_imitate.distinguisher import Distinguisher
+from hf_imitate.distinguisher_ensemble import DistinguisherEnsemble
+from hf_imitate.distinguisher_files import NGRAM
 from hf_imitate.human_rows import ROW_COLUMN
+from hf_imitate.ngram_distinguisher import NgramDistinguisher
 from hf_imitate.rendering import Renderer, closing_id, end_token_ids
 from hf_imitate.trainers.adversarial_config import AdversarialConfig
 from hf_imitate.trainers.checkpoints import newest_complete_checkpoint
@@ -27,6 +30,10 @@ if TYPE_CHECKING:
     from hf_imitate.trainers.adversarial_trainer import AdversarialTrainer
 
 logger = logging.getLogger(__name__)
+
+GivenDistinguisher: TypeAlias = (
+    str | PreTrainedModel | Distinguisher | list[str | PreTrainedModel | Distinguisher | None] | None
+)
 
 
 def with_row_numbers(dataset: Dataset) -> Dataset:
@@ -69,7 +76,7 @@ def settle_renderer(trainer: "AdversarialTrainer", role: str) -> Renderer:
 
 
 def build_distinguisher(
-    given: str | PreTrainedModel | Distinguisher | None,
+    given: GivenDistinguisher,
     imitator: PreTrainedModel | PeftModel,
     renderer: Renderer,
     args: AdversarialConfig,
@@ -78,25 +85,50 @@ def build_distinguisher(
     distinguisher_peft_config: PeftConfig | None,
 ) -> Distinguisher:
     """The distinguisher the user asked for, by default on the imitator's own base; it reads as `renderer` does."""
+    if isinstance(given, list) and len(given) == 1:
+        (given,) = given
+    common = (imitator, renderer, args)
+    configs = (peft_config, distinguisher_peft_config)
+    if not isinstance(given, list):
+        return _build_one(given, *common, checks, *configs)
+    # What checks say is said once, by the ensemble.
+    ensemble = DistinguisherEnsemble([_build_one(one, *common, None, *configs) for one in given])
+    ensemble.set_checks(checks)
+    return ensemble
+
+
+def _build_one(
+    given: str | PreTrainedModel | Distinguisher | None,
+    imitator: PreTrainedModel | PeftModel,
+    renderer: Renderer,
+    args: AdversarialConfig,
+    checks: Sequence[Check] | None,
+    peft_config: PeftConfig | None,
+    distinguisher_peft_config: PeftConfig | None,
+) -> Distinguisher:
     tokenizer = renderer.tokenizer
     common = {
-        "checks": checks,
+        "checks": checks or (),
         "max_answer_tokens": args.max_completion_length,
         "chat_template_kwargs": args.chat_template_kwargs,
         "completion_role": renderer.completion_role,
     }
     if isinstance(given, Distinguisher):
-        given.set_checks(checks)
-        given.renderer.completion_role = renderer.completion_role
+        if checks is not None:
+            given.set_checks(checks)
+        given.speak_as(renderer.completion_role)
         return given
+    if isinstance(given, str) and given == NGRAM:
+        return NgramDistinguisher(tokenizer, renderer.end_token_ids, **common)
     own = imitator.peft_config["default"] if isinstance(imitator, PeftModel) else None
+    keeps_lm: dict[str, Any] = {"keep_language_model": args.distinguisher_lm_warmup_steps != 0}
     if given is not None:
         config = copy.deepcopy(distinguisher_peft_config or peft_config or own)
         if config is not None:
             config.base_model_name_or_path = config.revision = None  # those of the imitator's base
         if isinstance(given, PreTrainedModel):
-            return _from_model(given, tokenizer, config, common, args.seed)
-        return Distinguisher.from_causal_lm(given, peft_config=config, seed=args.seed, **common)
+            return _from_model(given, tokenizer, config, common, args.seed, **keeps_lm)
+        return Distinguisher.from_causal_lm(given, peft_config=config, seed=args.seed, **keeps_lm, **common)
     common["end_ids"] = renderer.end_token_ids
     if isinstance(imitator, PeftModel):
         config = distinguisher_peft_config or own
@@ -107,7 +139,11 @@ def build_distinguisher(
                 return Distinguisher.on_shared_base(imitator, tokenizer, config, **common)
         imitator = imitator.get_base_model()
     config = distinguisher_peft_config or default_peft_config()
-    copied = Distinguisher.from_causal_lm(imitator, tokenizer, peft_config=config, seed=args.seed, **common)
+    # A copy of the imitator's own base is fitted first only where that was asked for.
+    keeps_lm["keep_language_model"] = args.distinguisher_lm_warmup_steps not in ("auto", 0)
+    copied = Distinguisher.from_causal_lm(
+        imitator, tokenizer, peft_config=config, seed=args.seed, **keeps_lm, **common
+    )
     megabytes = sum(p.numel() * p.element_size() for p in copied.model.parameters()) / 2**20
     logger.warning(
         "The distinguisher is an adapter on a frozen copy of the starting model: %.0f MB more memory. With LoRA "
@@ -117,7 +153,7 @@ def build_distinguisher(
     return copied
 
 
-def _from_model(model, tokenizer, config, common, seed) -> Distinguisher:
+def _from_model(model, tokenizer, config, common, seed, keep_language_model) -> Distinguisher:
     size = model.get_input_embeddings().num_embeddings
     if size < len(tokenizer):
         raise ValueError(
@@ -126,7 +162,25 @@ def _from_model(model, tokenizer, config, common, seed) -> Distinguisher:
         )
     if type(model).__name__.endswith("ForSequenceClassification"):
         return Distinguisher(model, tokenizer, **common)
+    common = {**common, "keep_language_model": keep_language_model}
     return Distinguisher.from_causal_lm(model, tokenizer, peft_config=config, seed=seed, **common)
+
+
+def lm_warmup_steps(args: AdversarialConfig, distinguisher: Distinguisher) -> int | str:
+    """Likelihood steps of the distinguisher's body: as set, and for "auto" 0 where there is nothing to fit.
+
+    Raises:
+        ValueError: steps were asked for, and the body has no language model's head.
+    """
+    if distinguisher.bodies:
+        return args.distinguisher_lm_warmup_steps
+    if args.distinguisher_lm_warmup_steps not in ("auto", 0):
+        raise ValueError(
+            f"`distinguisher_lm_warmup_steps` is {args.distinguisher_lm_warmup_steps}, and this distinguisher has no "
+            "body of its own with a language model's head to fit by likelihood. Pass a causal LM or its repo id as "
+            "`distinguisher`, or set 0."
+        )
+    return 0
 
 
 @contextlib.contextmanager
@@ -177,6 +231,10 @@ class PhaseCallback(TrainerCallback):
         if self.trainer.game.pause is not None and self.trainer.likelihood.multiplier == 0:
             set_learning_rates(lr_scheduler, [0.0] * len(lr_scheduler.base_lrs))
 
+    def on_train_end(self, args, state, control, **kwargs):
+        if args.freeze_imitator:
+            self.trainer.keep_the_best()
+
     def on_step_end(self, args, state, control, **kwargs):
         game = self.trainer.game
         if game.pause is None:
@@ -204,8 +262,10 @@ def farewell(reason: str, paused_since: int, output_dir: str) -> str:
 def describe(phases: Phases, args: AdversarialConfig) -> str:
     """The plan of a run in one line."""
     most = {True: "at most ", False: ""}
+    body = most[args.distinguisher_lm_warmup_steps == "auto"] + str(phases.distinguisher_lm_warmup)
+    body = f"{body} of likelihood for the distinguisher's body, " if phases.distinguisher_lm_warmup else ""
     return (
-        f"{most[args.imitator_warmup_steps == 'auto']}{phases.imitator_warmup} steps of imitator warm-up, "
+        f"{most[args.imitator_warmup_steps == 'auto']}{phases.imitator_warmup} steps of imitator warm-up, {body}"
         f"{most[args.distinguisher_warmup_steps == 'auto']}{phases.distinguisher_warmup} of distinguisher warm-up, "
         f"{phases.game} of the game: {phases.total} steps in all."
     )

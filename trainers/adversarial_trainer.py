@@ -1,6 +1,5 @@
 """Adversarial imitation: an imitator is paid for answers that a distinguisher takes for the human's."""
 
-import math
 import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,17 +14,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import GRPOTrainer
 
 from hf_imitate.checks import Check, check_names
-from hf_imitate.distinguisher import Distinguisher
 from hf_imitate.human_rows import HumanRows, render_humans, without_internal
 from hf_imitate.pairs import Learner
 from hf_imitate.plateau import Plateau
+from hf_imitate.trainers.adversarial_body import BodyWarmup
 from hf_imitate.trainers.adversarial_config import AdversarialConfig
 from hf_imitate.trainers.adversarial_game import Game
 from hf_imitate.trainers.adversarial_inputs import (
     at_step,
     check_best_metric,
     check_data,
+    check_distinguisher,
     check_evaluation,
+    check_frozen,
     check_lengths,
     check_loss,
     check_model,
@@ -33,22 +34,27 @@ from hf_imitate.trainers.adversarial_inputs import (
     try_checks,
 )
 from hf_imitate.trainers.adversarial_likelihood import HumanLikelihood
+from hf_imitate.trainers.adversarial_plan import AdversarialPlan
 from hf_imitate.trainers.adversarial_rewards import DISTINGUISHER_REWARD, check_paid, check_rewards, guarded
 from hf_imitate.trainers.adversarial_saving import AdversarialSaving
 from hf_imitate.trainers.adversarial_setup import (
+    GivenDistinguisher,
     PhaseCallback,
     build_distinguisher,
+    lm_warmup_steps,
     preserved_random_state,
-    scheduled_rates,
-    set_learning_rates,
     settle_renderer,
-    show_total,
     with_row_numbers,
 )
-from hf_imitate.trainers.phases import DISTINGUISHER_WARMUP, GAME, IMITATOR_WARMUP, Phases, warmup_caps
+from hf_imitate.trainers.phases import (
+    DISTINGUISHER_LM_WARMUP,
+    DISTINGUISHER_WARMUP,
+    GAME,
+    IMITATOR_WARMUP,
+    Phases,
+    warmup_caps,
+)
 from hf_imitate.trainers.tally import Tally
-
-READING_EVERY = 10  # steps between two readings of a warm-up on held-out rows
 
 
 def distinguisher_reward(completions, **kwargs) -> list[float]:
@@ -59,12 +65,12 @@ def distinguisher_reward(completions, **kwargs) -> list[float]:
 distinguisher_reward.__name__ = DISTINGUISHER_REWARD
 
 
-class AdversarialTrainer(AdversarialSaving, GRPOTrainer):
+class AdversarialTrainer(AdversarialSaving, AdversarialPlan, GRPOTrainer):
     """Train a causal LM to answer as the human would, by a game against a distinguisher.
 
-    Three phases in one loop, each of ordinary steps that are logged, checkpointed and resumed:
+    Phases of one loop, each of ordinary steps that are logged, checkpointed and resumed:
 
-    1. *Imitator warm-up*: likelihood of the human answers.
+    1. *Imitator warm-up*: likelihood of the human answers; then the same for the body of a separate distinguisher.
     2. *Distinguisher warm-up*: the imitator stands still, the distinguisher learns to tell the two apart.
     3. *The game*: the imitator answers each question G times; the distinguisher scores all answers, then is updated on
        some of them and on old ones; the imitator takes a gradient step up
@@ -94,10 +100,11 @@ class AdversarialTrainer(AdversarialSaving, GRPOTrainer):
             learned weight.
         reward_funcs (`Callable` or `list`, *optional*):
             Further rewards, TRL's, added to the distinguisher's; `reward_weights` has one weight for each of them.
-        distinguisher (`str`, [`~transformers.PreTrainedModel`] or [`Distinguisher`], *optional*):
+        distinguisher (`str`, [`~transformers.PreTrainedModel`], [`Distinguisher`] or a `list` of these, *optional*):
             Who judges. By default a second adapter and a head on the imitator's own frozen base, or with full
-            fine-tuning an adapter on a frozen copy of the starting base. It pays to let it know more than the
-            imitator.
+            fine-tuning an adapter on a frozen copy of the starting base; in a list, `None` is that one. "ngram" is
+            logistic on hashed n-grams, length and overlap with the question; of a list, the logits add. It pays to
+            let it know more than the imitator: a larger causal LM's body is first fitted to the same rows.
         distinguisher_peft_config ([`~peft.PeftConfig`], *optional*): its adapter; by default like the imitator's.
         processing_class, callbacks, optimizers, quantization_config, peft_config: as in [`~trl.GRPOTrainer`].
 
@@ -141,7 +148,7 @@ class AdversarialTrainer(AdversarialSaving, GRPOTrainer):
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         checks: Sequence[Check] | None = None,
         reward_funcs: Callable | list[Callable] | None = None,
-        distinguisher: str | PreTrainedModel | Distinguisher | None = None,
+        distinguisher: GivenDistinguisher = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, LambdaLR | None] = (None, None),
@@ -159,7 +166,9 @@ class AdversarialTrainer(AdversarialSaving, GRPOTrainer):
         check_rewards(reward_funcs, args.reward_weights)
         role = check_data(train_dataset, eval_dataset, args)
         check_best_metric(eval_dataset, args)
-        check_model(model)
+        check_model(model, args.freeze_imitator)
+        check_frozen(args, reward_funcs, optimizers)
+        check_distinguisher(distinguisher)
         try_checks(self.checks, train_dataset)
         # TRL counts the distinguisher's reward, too; the user's settings stay as they were given.
         weights, args.reward_weights = args.reward_weights, None
@@ -179,6 +188,10 @@ class AdversarialTrainer(AdversarialSaving, GRPOTrainer):
         finally:
             args.reward_weights = weights
         self.reward_weights = torch.tensor([1.0, *(weights or [1.0] * len(reward_funcs))])
+        # What the loop takes its gradients and its steps on where nothing of the imitator has any.
+        self._stand_in = torch.nn.Parameter(torch.zeros((), device=self.accelerator.device))
+        if args.freeze_imitator:
+            self.model.requires_grad_(False)
         self.renderer = settle_renderer(self, role)
         human_rows = HumanRows(self.train_dataset, self.renderer, args.heldout_fraction, args.seed)
         check_lengths(human_rows, named_sets(train_dataset, eval_dataset), self.renderer, self.model, args)
@@ -198,7 +211,9 @@ class AdversarialTrainer(AdversarialSaving, GRPOTrainer):
             max_rows=args.per_device_train_batch_size,
             reduce=partial(reduce, reduction="sum") if self.accelerator.num_processes > 1 else None,
         )
-        self.game = Game(args, learner, self.checks, self.renderer, human_rows, self.accelerator, self._record)
+        prompts = self.train_dataset["prompt"]
+        common = (human_rows, prompts, self.accelerator, self._record)
+        self.game = Game(args, learner, self.checks, self.renderer, *common)
         self.likelihood = HumanLikelihood(
             human_rows,
             self._tokenizer.pad_token_id,
@@ -208,89 +223,24 @@ class AdversarialTrainer(AdversarialSaving, GRPOTrainer):
             self.accelerator,
             self._record,
         )
+        lm_steps = lm_warmup_steps(args, self.distinguisher)
+        bodies = self.distinguisher.bodies if lm_steps else []
+        self.bodies = BodyWarmup(args, bodies, self.game.heldout.stopping, *common)
         rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        caps = warmup_caps(
-            args.imitator_warmup_steps, args.distinguisher_warmup_steps, len(human_rows.train), rows_per_step
+        imitator, distinguishing, lm = warmup_caps(
+            *(args.imitator_warmup_steps, args.distinguisher_warmup_steps, len(human_rows.train), rows_per_step),
+            distinguisher_lm=lm_steps,
         )
-        self.phases = Phases(*caps, game=0)
+        self.phases = Phases(imitator, distinguishing, game=0, distinguisher_lm_warmup=lm)
         self._plateau = Plateau()
-        self._last_reading = -1
-        self._entered_phase: str | None = None
-        self._phase_schedule: LambdaLR | None = None
+        self._last_reading = self._last_fitted = -1
+        self._entered_phase = self._phase_schedule = None
         self._tally = Tally()
         # Says the plan; holds the imitator still during a pause; ends a run that does not recover.
         self.add_callback(PhaseCallback(self))
 
     def _record(self, name: str, total: float, count: float) -> None:
         self._tally.add("train" if self.model.training else "eval", name, total, count)
-
-    @property
-    def phase(self) -> str:
-        """The phase of the step now under way."""
-        return self.phases.name(self.state.global_step)
-
-    # --- the plan: warm-ups before the game, each with its own learning rate
-
-    def set_initial_training_values(self, args, dataloader):
-        """`max_steps` and `num_train_epochs` count the game; the loop runs the warm-ups before it."""
-        _, per_epoch, num_examples, _, batch_size, steps_in_epoch, game = super().set_initial_training_values(
-            args, dataloader
-        )
-        self.phases.game, self._steps_per_pass = game, per_epoch
-        total = self.phases.total
-        return -(-total // per_epoch), per_epoch, num_examples, total * batch_size, batch_size, steps_in_epoch, total
-
-    def _get_train_sampler(self, dataset=None):
-        self._sampler = super()._get_train_sampler(dataset)
-        return self._sampler
-
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
-        """The user's schedule over the steps of the game, inside the schedule of the phases."""
-        game = super().create_scheduler(self.phases.game or num_training_steps, optimizer)
-        if game is self._phase_schedule:
-            return game  # of an earlier `train()`, around a schedule the user gave
-        if not isinstance(game, LambdaLR):
-            raise ValueError(
-                f"The schedule is a {type(game).__name__}; the phases need one that is a function of the step. Leave "
-                "it out of `optimizers` and set `lr_scheduler_type`."
-            )
-        self._game_schedule = game.lr_lambdas[0]
-        warmup = self.args.imitator_warmup_learning_rate / max(game.base_lrs)
-        self.lr_scheduler = self._phase_schedule = LambdaLR(
-            game.optimizer, lambda step: self.phases.learning_rate_factor(step, warmup, self._game_schedule)
-        )
-        return self.lr_scheduler
-
-    def _enter_phase(self) -> None:
-        """At a step's start: end an "auto" warm-up that stopped helping, and open the phase that has begun."""
-        step = self.state.global_step
-        if step != self._last_reading and self._is_reading_due(step):
-            self._last_reading = step
-            is_imitator = self.phase == IMITATOR_WARMUP
-            value = self.likelihood.heldout_nats(self.model) if is_imitator else self.game.reading().loss
-            if math.isfinite(value):  # NaN: no held-out pair was met yet
-                self._plateau.update(value)
-            if self._plateau.is_reached:
-                self.phases.end(step)
-                self.state.max_steps = self.phases.total
-                show_total(self.callback_handler.callbacks, self.phases.total)
-        if self.phase == self._entered_phase:
-            return
-        left, self._entered_phase = self._entered_phase, self.phase
-        self._buffered_inputs, self._plateau = None, Plateau()
-        set_learning_rates(self.lr_scheduler, scheduled_rates(self.lr_scheduler, step))
-        if self.phase == GAME:
-            self.likelihood.open_budget(self.model)
-            self.game.audit_surface()
-            if left == DISTINGUISHER_WARMUP:
-                self.game.say_whether_there_is_a_signal()
-
-    def _is_reading_due(self, step: int) -> bool:
-        args = self.args
-        auto = {IMITATOR_WARMUP: args.imitator_warmup_steps, DISTINGUISHER_WARMUP: args.distinguisher_warmup_steps}
-        number = self.phases.step_in_phase(step)
-        has_heldout = len(self.likelihood.rows.heldout) > 0
-        return auto.get(self.phase) == "auto" and has_heldout and number > 0 and number % READING_EVERY == 0
 
     # --- one step. TRL calls, in this order: `_prepare_inputs` for every micro-step; where a new generation batch is
     # due, `_generate_and_score_completions`, in it `_tokenize_prompts` and `_calculate_rewards`; then `compute_loss`.
@@ -308,12 +258,23 @@ class AdversarialTrainer(AdversarialSaving, GRPOTrainer):
         self._enter_phase()
         if self.phase == IMITATOR_WARMUP:
             return {"human_rows": self.likelihood.draw(self._step)}
-        if self.phase == DISTINGUISHER_WARMUP and not self.use_vllm:
+        if self.phase == DISTINGUISHER_LM_WARMUP:
+            self._fit_bodies()
+            return {"prompt_ids": torch.tensor([[self._tokenizer.pad_token_id]], device=self.accelerator.device)}
+        if self.meets_humans and not self.use_vllm:
             # Nobody is paid yet, so no question needs G answers: as many different humans as the batch has room for.
             number = self._step // self.args.steps_per_generation
             asked = self.game.draw_questions(number, len(generation_batch))
             generation_batch = [self.train_dataset[row] for row in asked]
         return super()._prepare_inputs(generation_batch)
+
+    def _fit_bodies(self) -> None:
+        """One update of the distinguisher's body, at the first micro-step of an optimizer step."""
+        step = self.state.global_step
+        if step != self._last_fitted:
+            self._last_fitted = step
+            with at_step(step):
+                self.bodies.step(self.phases.step_in_phase(step), self.phases.lm_learning_rate_factor(step))
 
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
@@ -358,11 +319,13 @@ class AdversarialTrainer(AdversarialSaving, GRPOTrainer):
             loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
             self.likelihood.loss(model, inputs["human_rows"])
             return loss
+        if self.args.freeze_imitator:
+            return 0.0 * self._stand_in
         # The policy term's own normaliser, so that the two are weighed in the same nats.
         scale = 1 / (self.max_completion_length * self.current_gradient_accumulation_steps)
         if self.phase == IMITATOR_WARMUP:
             return scale * self.likelihood.loss(model, inputs["human_rows"])
-        if self.phase == DISTINGUISHER_WARMUP:
+        if self.phase in (DISTINGUISHER_LM_WARMUP, DISTINGUISHER_WARMUP):
             # The imitator's rate is 0, but every process runs a forward and a backward of the wrapped model.
             return 0.0 * model(input_ids=inputs["prompt_ids"][:1, -1:]).logits.float().sum()
         loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)

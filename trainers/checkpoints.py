@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 LAST_WRITTEN = "trainer_state.json"
 STATE = "adversarial_state"  # and the number of the process
-STATE_VERSION = 2
+STATE_VERSION = 3
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 

@@ -1,9 +1,9 @@
 """What every run leaves behind: the imitator's repo, its card, its push, and the checkpoint to go on from."""
 
 import dataclasses
-import json
 import logging
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,17 @@ from transformers import GenerationConfig
 from transformers.training_args import HubStrategy
 from transformers.utils import PushInProgress
 
-from hf_imitate.hub_cards.facts import CardFacts, Paper
-from hf_imitate.hub_cards.model_card import render_card
+from hf_imitate.causal_lm import commit_of, hub_checkpoint
+from hf_imitate.hub_cards.card_file import CARD_KEY, facts_to_json, write_card, write_facts
+from hf_imitate.hub_cards.facts import CardFacts, Paper, hub_id_or_none
 from hf_imitate.hub_cards.push import push_folder
 from hf_imitate.trainers.checkpoints import LAST_WRITTEN, checkpoint_to_resume, is_whole, withdraw
 
 logger = logging.getLogger(__name__)
 
+# Logged numbers whose course the card shows: the loss, and those the guide defines.
+CURVES = ("distinguisher/", "answers/", "checks/", "retrodiction/", "thoughts/")
+EARLIER_AUDIT = "An audit of earlier weights of this run is not shown: what it found was not found of these."
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 
@@ -35,6 +39,10 @@ class ImitatorSaving:
     def __init__(self, *args, **kwargs):
         self._pushes = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push")
         self._step_of_weights: int | None = None  # of the best checkpoint, once it was loaded
+        self._trained_at: float | None = (
+            None  # when the weights changed last; seconds of the clock that files are dated by
+        )
+        self._said: dict[str, Any] = {}  # what `create_model_card` was told: a later save says it, too
         super().__init__(*args, **kwargs)
 
     def trained_law(self) -> GenerationConfig:
@@ -52,15 +60,34 @@ class ImitatorSaving:
     def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
         """As in transformers; `resume_from_checkpoint=True` goes on from the newest checkpoint that is complete.
 
+        A repo id goes on from the checkpoint in that repo, [`~hf_imitate.causal_lm.hub_checkpoint`].
+
         Raises:
-            ValueError: there is no complete checkpoint, or the one that was named is not whole.
+            FileNotFoundError: the repo holds no checkpoint.
+            ValueError: there is no complete checkpoint, or the one that was named is not whole; or the run would push,
+                for everybody, an adapter whose base is a local folder.
         """
+        if self.args.push_to_hub:
+            self._check_base_can_be_pushed()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(self.checkpoint_to_resume())
+        elif resume_from_checkpoint and hub_id_or_none(resume_from_checkpoint) is not None:
+            resume_from_checkpoint = str(hub_checkpoint(resume_from_checkpoint))
         if resume_from_checkpoint:
             self.check_checkpoint(resume_from_checkpoint)
         self._step_of_weights = None
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        try:
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        finally:
+            self._trained_at = time.time()
+
+    def _check_base_can_be_pushed(self) -> None:
+        name = self.model.config._name_or_path
+        if isinstance(self.model, PeftModel) and hub_id_or_none(name) is None and self.args.hub_private_repo is False:
+            raise ValueError(
+                "The adapter would be pushed for everybody, and its base is a local folder that nobody else has. Push "
+                "the base to the Hub and train from its id, set `hub_private_repo=True`, or train all weights."
+            )
 
     def checkpoint_to_resume(self) -> Path:
         """The newest complete checkpoint in the run's folder.
@@ -114,8 +141,6 @@ class ImitatorSaving:
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and full of local paths
             self.save_beside(folder)
             self.trained_law().save_pretrained(str(folder))
-            text = json.dumps(self.imitation_facts(), indent=2, ensure_ascii=False)
-            (folder / "imitation.json").write_text(text + "\n", encoding="utf-8")
             self._write_card(folder)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")
@@ -130,7 +155,7 @@ class ImitatorSaving:
     def _name_base_revisions(self) -> None:
         """Tie the adapters to the very commit of the base they were trained on, where it is known."""
         for model in self.published_models():
-            commit = getattr(model.config, "_commit_hash", None)
+            commit = _base_commit(model)
             for config in model.peft_config.values() if commit and isinstance(model, PeftModel) else ():
                 config.revision = commit
 
@@ -141,7 +166,7 @@ class ImitatorSaving:
         return {
             "base_model": Path(name).name if is_local else name,
             "base_is_local": is_local,
-            "base_revision": getattr(self.model.config, "_commit_hash", None),
+            "base_revision": _base_commit(self.model),
         }
 
     def run_card_facts(self, model_name: str | None, dataset_name: str | None) -> dict[str, Any]:
@@ -163,16 +188,45 @@ class ImitatorSaving:
             "generation": {k: v for k, v in self.trained_law().to_diff_dict().items() if k != "transformers_version"},
         }
 
-    def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None) -> None:
-        """Write README.md: the card of what this run measured."""
-        if self.is_world_process_zero():
-            self._write_card(Path(self.args.output_dir), model_name, dataset_name, tags)
+    def training_curves(self) -> dict[str, list[tuple[int, float]]]:
+        """What was logged up to the step whose weights these are, by name."""
+        newest = self.state.global_step if self._step_of_weights is None else self._step_of_weights
+        curves: dict[str, dict[int, float]] = {}
+        for entry in self.state.log_history:
+            for name, value in entry.items():
+                is_shown = name in ("loss", "eval_loss") or name.removeprefix("eval_").startswith(CURVES)
+                if is_shown and isinstance(value, int | float) and entry.get("step", 0) <= newest:
+                    curves.setdefault(name, {})[entry.get("step", 0)] = value
+        return {name: list(points.items()) for name, points in sorted(curves.items())}
 
-    def _write_card(self, folder: Path, model_name=None, dataset_name=None, tags=None) -> None:
-        facts = self.card_facts(model_name, dataset_name)
+    def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None) -> None:
+        """Write README.md: the card of what this run measured, and of the audit in its folder."""
+        self._said = {"model_name": model_name, "dataset_name": dataset_name, "tags": tags}
+        if self.is_world_process_zero():
+            self._write_card(Path(self.args.output_dir))
+
+    def _write_card(self, folder: Path) -> None:
+        tags = self._said.get("tags")
         tags = [tags] if isinstance(tags, str) else list(tags or [])
-        facts = dataclasses.replace(facts, tags=tuple(dict.fromkeys([*self._tag_names, *tags])))
-        render_card(facts).save(str(folder / "README.md"))
+        facts = dataclasses.replace(
+            self.card_facts(self._said.get("model_name"), self._said.get("dataset_name")),
+            tags=tuple(dict.fromkeys([*self._tag_names, *tags])),
+            curves=self.training_curves(),
+        )
+        is_shown = not self._audit_is_of_others(folder)
+        if not is_shown:
+            facts = dataclasses.replace(facts, limits=(*facts.limits, EARLIER_AUDIT))
+        write_facts(folder, {**self.imitation_facts(), CARD_KEY: facts_to_json(facts)})
+        try:
+            write_card(folder, with_audit=is_shown)
+        except ValueError as error:  # the audit's file is not ours; weights are never lost for it
+            logger.warning("The card says nothing of the audit in %s: %s", folder, error)
+            write_card(folder, with_audit=False)
+
+    def _audit_is_of_others(self, folder: Path) -> bool:
+        """Whether the audit in a folder was made before these weights were trained."""
+        file = folder / "audit" / "audit.json"
+        return self._trained_at is not None and file.is_file() and file.stat().st_mtime < self._trained_at
 
     def push_to_hub(
         self,
@@ -183,7 +237,11 @@ class ImitatorSaving:
         private: bool | None = None,
         **kwargs,
     ):
-        """Push the imitator in one commit, private unless asked otherwise; what only training needs stays here."""
+        """Push the imitator in one commit, private unless asked otherwise; what only training needs stays here.
+
+        Raises:
+            ValueError: what is there cannot be pushed, see [`~hf_imitate.hub_cards.push.push_folder`].
+        """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token = token or self.args.hub_token
         private = self.args.hub_private_repo if private is None else private
@@ -195,6 +253,7 @@ class ImitatorSaving:
         kwargs.setdefault("model_name", (self.hub_model_id or self.args.output_dir).split("/")[-1])
         self.create_model_card(**kwargs)
         self._finish_current_push()
+        is_of_others = self._audit_is_of_others(Path(self.args.output_dir))
         return push_folder(
             self.args.output_dir,
             self.hub_model_id,
@@ -203,11 +262,13 @@ class ImitatorSaving:
             revision=revision or self.args.hub_revision,
             commit_message=commit_message or "End of training",
             run_as_future=not blocking,
+            leave_out=("audit/*",) if is_of_others else (),
         )
 
     def _push_from_checkpoint(self, checkpoint_folder):
         # A checkpoint holds the whole repo already; TRL's own would copy the imitator's files alone, and push the rest
-        # of the output folder stale.
+        # of the output folder stale. It is whole once every process has written its part.
+        self.accelerator.wait_for_everyone()
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         if not self.args.hub_always_push and self.push_in_progress is not None and not self.push_in_progress.is_done():
@@ -222,11 +283,21 @@ class ImitatorSaving:
             token=self.args.hub_token,
             revision=self.args.hub_revision,
             commit_message=f"Training in progress, step {self.state.global_step}",
+            checkpoint_name=self._checkpoint_name(checkpoint_folder),
         )
         if self.args.save_total_limit is not None:
             wait([push])  # before the folder is deleted to make room
         earlier = self.push_in_progress.jobs if self.push_in_progress is not None else []
         self.push_in_progress = PushInProgress([*(job for job in earlier if not job.done()), push])
+
+    def _checkpoint_name(self, folder: str) -> str | None:
+        """Where in the repo a checkpoint is kept to go on from, as `hub_strategy` says."""
+        names = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: Path(folder).name}
+        return names.get(self.args.hub_strategy)
+
+
+def _base_commit(model: Any) -> str | None:
+    return getattr(model.config, "_commit_hash", None) or commit_of(model.config._name_or_path)
 
 
 def damage(checkpoint: str | Path) -> str | None:

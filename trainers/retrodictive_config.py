@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers.training_args import HubStrategy
 from trl import SFTConfig
 
 from hf_imitate.trainers.adversarial_config import BITS, LOWEST_BITS
@@ -69,11 +68,6 @@ class RetrodictiveConfig(SFTConfig):
             raise ValueError(f"`learning_rate` is {self.learning_rate}; need a positive number.")
         self._check_objective()
         self._check_lengths()
-        if HubStrategy(self.hub_strategy) in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            raise ValueError(
-                f"`hub_strategy` is {HubStrategy(self.hub_strategy).value!r}, which pushes the states of a run, and "
-                "what is pushed here is the imitator alone. Use 'every_save' or 'end'."
-            )
 
     def _check_objective(self) -> None:
         """Refuse what makes the loss another one than that of log p(answer given question)."""

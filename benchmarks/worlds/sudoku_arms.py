@@ -195,6 +195,7 @@ def game(
             **_common_settings(output_dir, seed, num_steps),
             allow_unlabelled=with_unlabelled,
             imitator_warmup_steps=0,
+            distinguisher_lm_warmup_steps=0,
             distinguisher_warmup_steps=num_warmup,
             distinguisher_learning_rate=DISTINGUISHER_RATE,
             heldout_fraction=0.0,

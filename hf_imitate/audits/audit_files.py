@@ -48,7 +48,7 @@ def _write_scores(path: Path, evidence: Evidence, family: JudgeFamily, split: Qu
     columns: dict[str, Any] = {"row": np.arange(num_rows) if evidence.row is None else evidence.row}
     columns |= {"question": evidence.question, "part": part.astype(str), "weight": evidence.weight}
     for side, scores in (("human", evidence.human), ("imitator", evidence.imitator)):
-        columns |= {f"{side}_{name}": values for name, values in vars(scores).items()}
+        columns |= {f"{side}_{name}": values for name, values in vars(scores).items() if values is not None}
     for judge, scores_of in family.scores.items():
         for place, side in enumerate(("human", "imitator")):
             values = np.full(num_rows, np.nan)

@@ -6,13 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from hf_imitate import __version__
 from hf_imitate.audits.judge_family import POWER_SHARES
+from hf_imitate.audits.resampled_law import ResampledLaw
 from hf_imitate.audits.splits import QuestionSplit, split_questions
+from hf_imitate.causal_lm import commit_of
 from hf_imitate.imitator import Imitator
 from hf_imitate.processed_law import ProcessedLaw
 
@@ -56,17 +60,22 @@ def make_plan(
     known: Mapping[str, Any],
     confidence: float,
     seed: int,
+    resampled: ResampledLaw | None = None,
 ) -> Plan:
     """Fix everything that could be chosen, before answers are read; rows are known by their questions and hashes."""
     weights = dataset["weight"] if "weight" in dataset.column_names else [None] * len(dataset)
     prompts = [p for p, weight in zip(dataset["prompt"], weights, strict=True) if weight is None or weight > 0]
     split = split_questions(prompts, seed, TEST_SIZE, VALID_SIZE)
-    ledger = {"confidence": confidence, "certified": shares_of_error(1 - confidence, len(judges), len(checks))}
+    ledger: dict[str, Any] = {"confidence": confidence}
+    ledger["certified"] = shares_of_error(1 - confidence, len(judges), len(checks))
+    chosen_by = _chosen_by(resampled)
+    if chosen_by:
+        ledger["resampling"] = chosen_by
     rows_hash = dataset_hash(dataset)
     values = {
         "version": __version__,
         "model": name_of(model),
-        "revision": getattr(imitator.model.config, "_commit_hash", None),
+        "revision": commit_of(model) if isinstance(model, str) else None,
         "weights": weights_fingerprint(imitator.model),
         "dataset": f"{dataset.info.dataset_name or 'a data set'}, {len(dataset)} rows, hash {rows_hash[:16]}",
         "dataset_hash": rows_hash,
@@ -75,7 +84,7 @@ def make_plan(
         "against": None if against is None else name_of(against),
         "checks": list(checks),
         "judges": {name: judge if isinstance(judge, str) else "callable" for name, judge in judges.items()},
-        "decoding": {"law": law.describe(), **law.settings, "max_new_tokens": imitator.max_new_tokens},
+        "decoding": {"law": law.describe(), **law.settings, "max_new_tokens": imitator.max_new_tokens, **chosen_by},
         "by": by,
         "known": dict(known),
         "seed": seed,
@@ -98,6 +107,56 @@ def shares_of_error(error: float, num_judges: int, num_checks: int) -> dict[str,
     share = error / (num_judges + num_checks + 2)
     names = ["tv_lower"] * bool(num_judges) + ["check_tv_lower"] * bool(num_checks)
     return dict.fromkeys([*names, "mean_log_prob_lower", "hidden_deviation"], share)
+
+
+def _chosen_by(resampled: ResampledLaw | None) -> dict[str, Any]:
+    """What the law of an answer kept out of several depends on, besides the imitator; nothing for single draws."""
+    if resampled is None:
+        return {}
+    law = resampled.residual
+    return {
+        "resample": law.resample,
+        "num_estimates": resampled.num_estimates,
+        "distinguisher": fingerprint(law.distinguisher)[:32],
+    }
+
+
+def fingerprint(value: Any) -> str:
+    """Hash of everything that a distinguisher of any kind is made of: weights, arrays, settings; of checks, the names.
+
+    Tokenizers count by their kind and size: they come with the weights.
+    """
+    digest = hashlib.blake2b(digest_size=32)
+    _add(digest, value, set())
+    return digest.hexdigest()
+
+
+def _add(digest: "hashlib.blake2b", value: Any, seen: set[int]) -> None:
+    digest.update(f"<{type(value).__name__}".encode())
+    if value is None or isinstance(value, str | bytes | int | float):
+        digest.update(repr(value).encode())
+    elif isinstance(value, Tensor | np.ndarray):
+        array = value.detach().double().cpu().numpy() if isinstance(value, Tensor) else value
+        digest.update(f"{array.shape} {array.dtype}".encode())
+        digest.update(array.tobytes() if array.dtype != object else repr(array.tolist()).encode())
+    elif id(value) in seen:
+        digest.update(b"again")
+    elif isinstance(value, nn.Module):
+        digest.update(weights_fingerprint(value).encode())
+    elif isinstance(value, PreTrainedTokenizerBase):
+        digest.update(str(len(value)).encode())
+    elif isinstance(value, Mapping):
+        for key in sorted(value, key=repr):
+            digest.update(repr(key).encode())
+            _add(digest, value[key], seen | {id(value)})
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _add(digest, item, seen | {id(value)})
+    elif callable(value) and hasattr(value, "__qualname__"):
+        digest.update(value.__qualname__.encode())
+    else:
+        _add(digest, getattr(value, "__dict__", None), seen | {id(value)})
+    digest.update(b">")
 
 
 def dataset_hash(dataset: Dataset) -> str:

@@ -22,6 +22,7 @@ class EvidenceCache:
 
     def __init__(self, folder: Path | None):
         self.folder = folder
+        self._kept: dict[str, dict[str, np.ndarray]] = {}
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -37,6 +38,12 @@ class EvidenceCache:
             with _replacing(path) as unfinished:
                 np.savez(unfinished, allow_pickle=False, **values)
         return values
+
+    def shared_arrays(self, name: str, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """The same for arrays that are needed again: computed once even where nothing is stored."""
+        if name not in self._kept:
+            self._kept[name] = self.arrays(name, compute)
+        return self._kept[name]
 
     def json(self, name: str, compute: Callable[[], Any]) -> Any:
         """JSON stored under a name, or computed and then stored."""

@@ -22,6 +22,7 @@ from hf_imitate.deviation_bounds import (
 from hf_imitate.log_probs import nats_to_bits
 
 _NAME, _UNIT = "hidden_deviation", "probability"
+_ESTIMATED = "Probabilities are estimates whose mean is at most the truth; capped at 1, they only raise the bound. "
 _SCORED_LAW = "It speaks of the law that was scored; that answers are drawn from it is what `sampler_match` is about. "
 
 
@@ -92,6 +93,7 @@ def _unique(evidence: Evidence, confidence: float) -> Finding:
         "every human gives one and the same answer, in one spelling: total variation is then the mean of 1 minus the "
         f"probability of that answer, here {1 - probabilities.mean():.4g} on {len(rows)} independent questions. "
         f"{int((~is_whole).sum())} cut answers count as probability 0. {_SCORED_LAW}"
+        f"{'' if evidence.is_exact else _ESTIMATED}"
     )
     return _certified(bound, confidence, len(rows), detail)
 

@@ -16,6 +16,7 @@ from hf_imitate.audits.feature_judges import (
     surface_judge,
 )
 from hf_imitate.audits.judges import Judge, lora_judge, ngram_judge
+from hf_imitate.audits.resampled_law import ResampledLaw
 from hf_imitate.checks import Check, check_name
 from hf_imitate.imitator import Imitator
 from hf_imitate.processed_law import ProcessedLaw
@@ -61,8 +62,10 @@ def make_judge(
     foils: list[Answer] | None,
     law: ProcessedLaw,
     cache: EvidenceCache,
+    resampled: ResampledLaw | None = None,
 ) -> Judge:
-    """The judge that a name means for this audit; "likelihood" gets the scores of all answers it will be shown."""
+    """The judge that a name means for this audit; "likelihood" gets the scores of all answers it will be shown, under
+    the law that is audited."""
     if callable(judge):
         return judge
     if judge in ("surface", "ngram"):
@@ -70,7 +73,7 @@ def make_judge(
     if judge == "likelihood":
         sides = [(evidence.human_answers, evidence.human), (evidence.imitator_answers, evidence.imitator)]
         if foils is not None:
-            sides.append((foils, score_foils(imitator, evidence, foils, law, cache)))
+            sides.append((foils, score_foils(imitator, evidence, foils, law, cache, resampled)))
         features: dict[AnswerKey, np.ndarray] = {}
         for answers, scores in sides:
             for prompt, answer, row in zip(evidence.prompts, answers, likelihood_features(scores), strict=True):

@@ -38,6 +38,7 @@ from hf_imitate.audits.power_world import (
 from hf_imitate.audits.report import Finding
 from hf_imitate.audits.run import load_imitator
 from hf_imitate.audits.splits import MIN_PAIRS
+from hf_imitate.causal_lm import commit_of
 from hf_imitate.e_values import holm
 from hf_imitate.imitator import Imitator
 from hf_imitate.processed_law import ProcessedLaw
@@ -142,7 +143,7 @@ def audit_power(
     report = PowerReport(
         rows=_corrected(rows, 1 - confidence),
         model=name_of(model),
-        revision=getattr(imitator.model.config, "_commit_hash", None),
+        revision=commit_of(model) if isinstance(model, str) else None,
         dataset=f"{dataset.info.dataset_name or 'a data set'}, {len(dataset)} rows, hash "
         f"{dataset_hash(dataset.select_columns('prompt'))[:16]} (of the questions)",
         seed=seed,

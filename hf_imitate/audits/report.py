@@ -348,8 +348,12 @@ def _checked_finding(values: Any) -> Finding:
 def _check_ledger(ledger: dict[str, Any]) -> None:
     numbers = [ledger.get("confidence"), *ledger.get("certified", {}).values()]
     numbers += [p for judge in ledger.get("judges", {}).values() for p in judge.values()]
-    if not set(ledger) <= {"confidence", "certified", "judges"} or not all(
-        type(number) in (int, float) and 0 <= number <= 1 for number in numbers
+    chosen_by = ledger.get("resampling", {})
+    names = {"confidence", "certified", "judges", "resampling"}
+    if (
+        not set(ledger) <= names
+        or not all(type(number) in (int, float) and 0 <= number <= 1 for number in numbers)
+        or not all(type(value) in (int, str) for value in chosen_by.values())
     ):
         raise ValueError("The report's field `ledger` holds something else than error probabilities.")
 

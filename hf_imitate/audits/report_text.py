@@ -170,6 +170,14 @@ def _ledger(report: "AuditReport") -> list[str]:
     for judge, p in report.ledger.get("judges", {}).items():
         if isinstance(p, dict):
             lines.append(f"* judge `{_plain(judge)}`: p = {_short(p.get('p'))}, after Holm {_short(p.get('p_holm'))}")
+    chosen_by = report.ledger.get("resampling", {})
+    if chosen_by:
+        lines += [
+            "",
+            f"Each answer is kept out of {_plain(chosen_by.get('resample'))} draws by the distinguisher "
+            f"`{_plain(chosen_by.get('distinguisher'))}`; each score rests on "
+            f"{_plain(chosen_by.get('num_estimates'))} sets of companions.",
+        ]
     return [*lines, "", f"Plan `{_plain(report.plan_hash)}`, seed {report.seed}.", ""]
 
 

@@ -18,11 +18,11 @@ MIN_QUESTIONS = 30
 FLOOR_SHARE = 2.0**-10
 # Declared longest answer, in bytes, where there are no training answers to declare it from.
 MAX_ANSWER_BYTES = 1024
+_ESTIMATES_KEEP_IT = (
+    "Scores are estimates whose mean is at most the probability: the bound holds for the law itself, and is lower. "
+)
 # Nats by which a sum of float32 log-probabilities may exceed 0.
 _ROUNDING = 1e-3
-_EXACTNESS = (
-    "Scores are estimates whose mean is at most the probability, so the bits are too many rather than too few. "
-)
 
 
 class FlooredLogProb(NamedTuple):
@@ -109,7 +109,8 @@ def paired_difference(evidence_a: Evidence, evidence_b: Evidence, confidence: fl
     detail = (
         "Bits per human answer of the first imitator minus those of the second, on the same answers; below 0, the "
         f"first is better. It gave the likelier {share:.1%} of them (ties 1/2). t interval over questions. "
-        f"{_left_out(is_whole)}"
+        f"{_estimated(evidence_a, usable, 'Of the first imitator: s')}"
+        f"{_estimated(evidence_b, usable, 'Of the other imitator: s')}{_left_out(is_whole)}"
     )
     return [_finding(name, _in_bits(found), unit, confidence, detail)]
 
@@ -155,7 +156,7 @@ def floored_log_prob(
         f"Of the imitator mixed with a share {FLOOR_SHARE:.2g} of a floor law over byte strings (geometric length, "
         f"mean {mean_symbols:g} bytes), for a population of independent questions whose answers end within the length "
         f"limit and have at most {cap} bytes; one answer per question. "
-        f"{unweighted}{'' if evidence.is_exact else _EXACTNESS}{_left_out(is_whole)}"
+        f"{unweighted}{'' if evidence.is_exact else _ESTIMATES_KEEP_IT}{_left_out(is_whole)}"
     )
     return FlooredLogProb(bound, len(rows), detail)
 
@@ -188,7 +189,7 @@ def _bits(evidence: Evidence, confidence: float) -> list[Finding]:
     counted = is_whole & (evidence.weight > 0)
     loss, weights, questions = -evidence.human.nats[counted], evidence.weight[counted], evidence.question[counted]
     num_bytes = _num_bytes(evidence)[counted]
-    told = f"{'' if evidence.is_exact else _EXACTNESS}{_left_out(is_whole)}"
+    told = f"{_estimated(evidence, counted)}{_left_out(is_whole)}"
     is_outside = np.isinf(loss)
     if is_outside.any():
         rest = float(np.average(loss[~is_outside], weights=weights[~is_outside])) if not is_outside.all() else math.nan
@@ -227,7 +228,7 @@ def _outside_support(evidence: Evidence, confidence: float) -> Finding:
     is_whole = usable_rows(evidence, evidence.human)
     rows = first_rows(evidence, is_whole & (evidence.weight > 0))
     problem = score_problem(evidence, evidence.human)
-    if not problem and not evidence.is_exact:
+    if not problem and not (evidence.is_exact or evidence.has_exact_zeros):
         problem = "scores are estimates, and an estimate of zero does not prove a probability of zero."
     if not problem and not len(rows):
         problem = f"all {len(is_whole)} human answers were cut at the length limit."
@@ -259,7 +260,7 @@ def _calibration_gap(evidence: Evidence, confidence: float) -> Finding:
         "A flag, no bound: what human answers cost more than the imitator's own. 0 if both laws are equal, but also "
         "for some that differ; over-confidence shows here as much as anything hidden. Where the humans' law is the "
         "imitator's without a hidden message, it is price plus payload on average over keys. t interval over "
-        f"questions. {_left_out(is_whole)}"
+        f"questions. {_estimated_gap(evidence, usable)}{_left_out(is_whole)}"
     )
     if np.isinf(human).any():
         share = f"Infinite: {int(np.isinf(human).sum())} of {len(human)} human answers have probability zero. "
@@ -324,6 +325,45 @@ def _count_problem(evidence: Evidence, usable: np.ndarray) -> str:
         f"{num_questions} questions are left ({int((~usable).sum())} of {len(usable)} rows were cut at the length "
         f"limit); an interval needs at least {MIN_QUESTIONS}."
     )
+
+
+# --- what an estimate is worth
+
+
+def _estimated(evidence: Evidence, counted: np.ndarray, first: str = "S") -> str:
+    """What is to be known of scores that are estimates: the mean of logs lies below the log of the mean."""
+    if evidence.is_exact:
+        return ""
+    too_many = "so the bits are too many rather than too few"
+    if evidence.num_candidates == 1:
+        return f"{first}cores are estimates whose mean is at most the probability, {too_many}. "
+    bias = _mean_bias(evidence.human, counted)
+    size = "" if math.isnan(bias) else f": by about {nats_to_bits(-bias):.3g} bits an answer, to first order"
+    k, e = evidence.num_candidates, evidence.num_estimates
+    return (
+        f"{first}cores are estimates: the log of the mean of {e} unbiased estimates of the probability that an answer "
+        f"kept out of {k} is this one, each from {k - 1} fresh candidates. A log of a mean is too low on average "
+        f"(Jensen), {too_many}{size}; the interval is that of the estimates. "
+    )
+
+
+def _estimated_gap(evidence: Evidence, counted: np.ndarray) -> str:
+    if evidence.is_exact:
+        return ""
+    biases = [_mean_bias(scores, counted) for scores in (evidence.human, evidence.imitator)]
+    sizes = " and ".join(f"{nats_to_bits(-bias):.3g}" for bias in biases)
+    known = "" if any(map(math.isnan, biases)) else f", by about {sizes} bits an answer"
+    return (
+        f"Both sides' bits are estimates and too many on average{known}: the gap is off by the difference, which is 0 "
+        "where the laws are equal. "
+    )
+
+
+def _mean_bias(scores: AnswerScores, counted: np.ndarray) -> float:
+    """Mean of what is known of the biases, nats; NaN where nothing is."""
+    known = np.zeros(0) if scores.log_bias is None else scores.log_bias[counted]
+    known = known[np.isfinite(known)]
+    return float(known.mean()) if len(known) else math.nan
 
 
 def _left_out(usable: np.ndarray) -> str:

@@ -26,13 +26,16 @@ from hf_imitate.audits.judge_family import JudgeFamily, audit_distinguishability
 from hf_imitate.audits.judges import Judge
 from hf_imitate.audits.named_judges import make_judge, named_judges
 from hf_imitate.audits.report import AuditReport, Finding
+from hf_imitate.audits.resampled_law import ResampledLaw, resampled_law
 from hf_imitate.audits.retrodiction import audit_retrodiction, paired_difference
 from hf_imitate.audits.sampler import audit_sampler
 from hf_imitate.audits.splits import QuestionSplit
+from hf_imitate.candidates import check_resampling
 from hf_imitate.checks import Check, check_names
 from hf_imitate.imitator import Imitator
 from hf_imitate.processed_law import ProcessedLaw
 from hf_imitate.rendering import Answer
+from hf_imitate.residual_imitator import DEFAULT_NUM_ESTIMATES_RESAMPLED
 
 FOIL_TEMPERATURE = 0.7
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left"
@@ -55,6 +58,7 @@ def audit(
     against: "str | PreTrainedModel | PeftModel | Imitator | None" = None,
     human_entropy: str | float | None = None,
     max_answer_bytes: int | None = None,
+    num_estimates: int = DEFAULT_NUM_ESTIMATES_RESAMPLED,
     batch_size: int = 64,
     progress: bool = True,
 ) -> AuditReport:
@@ -80,7 +84,9 @@ def audit(
             "surface", "ngram", "likelihood", "lora", "lora:<repo or path>", or callables
             `judge(train_pairs, valid_pairs, seed) -> scorer(prompts, answers) -> scores`. Defaults to the first three.
         resample (`int`, *optional*, defaults to 1):
-            Draws of which the distinguisher keeps one.
+            K: every finding is about the law of "draw K answers, keep one with probability softmax of the
+            distinguisher's logits", [`~hf_imitate.residual`]; the checks it was trained with must be among `checks`.
+            Log-probabilities are then estimates. `against` and `base` answer by single draws.
         generation_config ([`~transformers.GenerationConfig`] or `dict`, *optional*):
             The decoding that is sampled *and* scored, see [`~hf_imitate.processed_law.ProcessedLaw`], and
             `max_new_tokens`. `None`: temperature 1, untruncated.
@@ -100,6 +106,8 @@ def audit(
             question has one right answer that every human gives, or the least mean entropy of their answers, nats.
         max_answer_bytes (`int`, *optional*):
             Longest answer of the population, fixed beforehand. The smaller, the sharper the certified bounds on log p.
+        num_estimates (`int`, *optional*, defaults to 8):
+            Sets of K - 1 candidates that a row's log-probabilities rest on: the larger part of what `resample` costs.
         batch_size (`int`, *optional*, defaults to 64):
             Most answers at once.
         progress (`bool`, *optional*, defaults to `True`):
@@ -109,6 +117,7 @@ def audit(
         [`AuditReport`].
 
     Raises:
+        FileNotFoundError: `resample` is not 1, and the imitator came without a distinguisher; nothing was written.
         TypeError, ValueError: the rows or settings cannot be audited; nothing was written.
 
     Example:
@@ -122,7 +131,11 @@ def audit(
     law = _check_settings(dataset, checks, resample, generation_config, by, confidence)
     check_known(human_entropy, max_answer_bytes)
     named = named_judges(judges)
-    imitator = _limited(load_imitator(model), generation_config)
+    imitator = load_imitator(model)
+    if resample != 1:
+        imitator.distinguisher  # noqa: B018  loaded once, before a copy with another limit would load it again
+    imitator = _limited(imitator, generation_config)
+    resampled = resampled_law(imitator, law, int(resample), checks, num_estimates)
     plan = make_plan(
         imitator,
         model,
@@ -137,13 +150,15 @@ def audit(
         known={"human_entropy": human_entropy, "max_answer_bytes": max_answer_bytes},
         confidence=confidence,
         seed=seed,
+        resampled=resampled,
     )
     folder = None if output_dir is None else Path(output_dir)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "plan.json", plan.text)
     cache = EvidenceCache(None if folder is None else folder / "cache" / plan.hash[:16])
-    parts = _parts(imitator, checks, by, (human_entropy, max_answer_bytes), confidence, plan.ledger["certified"])
+    errors = plan.ledger["certified"]
+    parts = _parts((imitator, resampled), checks, by, (human_entropy, max_answer_bytes), confidence, errors)
     with tqdm(
         total=len(dataset) * (3 + 3 * len(named) + len(parts)), desc="auditing", disable=not progress, bar_format=_BAR
     ) as bar:
@@ -159,12 +174,13 @@ def audit(
             cache=cache,
             notes=notes,
             advance=bar.update,
+            resampled=resampled,
         )
         collected = time.process_time() - began
         family = _judge(
-            (imitator, base, evidence, law, plan.split),
+            (imitator, base, evidence, law, plan.split, resampled),
             named,
-            (confidence, 1 - plan.ledger["certified"].get("tv_lower", 1 - confidence), seed),
+            (confidence, 1 - errors.get("tv_lower", 1 - confidence), seed),
             cache,
             lambda name: bar.update(len(dataset)),
         )
@@ -180,6 +196,7 @@ def audit(
         findings += found
     found, cost["consistency"] = _guarded("consistency", "count", lambda: audit_consistency(findings))
     findings += found
+    candidates = "" if resampled is None else resampled.describe_cost(len(evidence.prompts))
     report = AuditReport(
         findings=tuple(findings),
         model=plan.values["model"],
@@ -190,7 +207,7 @@ def audit(
         ledger={**plan.ledger, "judges": family.p_values},
         num_questions=len(evidence.first_of_question),
         decoding=plan.values["decoding"],
-        notes=(*evidence.notes, f"Drawing and scoring all answers took {collected:.0f} CPU seconds."),
+        notes=(*evidence.notes, f"Drawing and scoring all answers took {collected:.0f} CPU seconds.{candidates}"),
         cost={name: round(seconds, 3) for name, seconds in cost.items()},
     )
     if folder is not None:
@@ -227,15 +244,6 @@ def load_imitator(model: "str | PreTrainedModel | PeftModel | Imitator") -> Imit
     return Imitator(model, tokenizer)
 
 
-def check_resample(resample: int) -> None:
-    """Raise `ValueError` where the audited law is one of resampled answers: not available yet."""
-    if resample != 1:
-        raise ValueError(
-            f"`resample` is {resample}; audits of resampled answers are not implemented. Use `resample=1`, the law of "
-            "single draws."
-        )
-
-
 def _check_settings(
     dataset: Dataset,
     checks: Sequence[Check] | None,
@@ -244,7 +252,7 @@ def _check_settings(
     by: str | None,
     confidence: float,
 ) -> ProcessedLaw:
-    check_resample(resample)
+    check_resampling(resample, None, {}, 0)
     check_names(checks or ())
     if not 0.5 <= confidence < 1:
         raise ValueError(f"`confidence` is {confidence}; it must lie in [0.5, 1), such as 0.95.")
@@ -277,23 +285,25 @@ def _limited(imitator: Imitator, generation_config: GenerationConfig | dict[str,
 
 
 def _judge(
-    data: "tuple[Imitator, Any, Evidence, ProcessedLaw, QuestionSplit]",
+    data: "tuple[Imitator, Any, Evidence, ProcessedLaw, QuestionSplit, ResampledLaw | None]",
     named: Mapping[str, "str | Judge"],
     levels: tuple[float, float, int],
     cache: EvidenceCache,
     advance: Callable[[str], None],
 ) -> JudgeFamily:
-    imitator, base, evidence, law, split = data
+    imitator, base, evidence, law, split, resampled = data
     confidence, certified_confidence, seed = levels
     foils: list[Answer] | None = None
-    who = f"the imitator at temperature {FOIL_TEMPERATURE:g}" if base is None else "the base"
+    single = "" if resampled is None else "single draws of "
+    who = f"{single}the imitator at temperature {FOIL_TEMPERATURE:g}" if base is None else "the base"
     try:
         other = imitator if base is None else load_imitator(base)
         foil_law = ProcessedLaw({"temperature": FOIL_TEMPERATURE} if base is None else None)
         foils = draw_foils(other, evidence, foil_law, cache=cache)
     except Exception as error:
         who = f"{who}, which raised {type(error).__name__}"
-    judges = {name: make_judge(judge, imitator, base, evidence, foils, law, cache) for name, judge in named.items()}
+    data_of_judges = (imitator, base, evidence, foils, law, cache, resampled)
+    judges = {name: make_judge(judge, *data_of_judges) for name, judge in named.items()}
     own = [name for name, judge in named.items() if callable(judge)]
 
     def cached(name: str, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -316,7 +326,7 @@ def _judge(
 
 
 def _parts(
-    imitator: Imitator,
+    who: tuple[Imitator, ResampledLaw | None],
     checks: Sequence[Check] | None,
     by: str | None,
     known: tuple[str | float | None, int | None],
@@ -329,7 +339,7 @@ def _parts(
         return 1 - errors.get(name, 1 - confidence)
 
     levels = {name: certified(name) for name in ("check_tv_lower", "mean_log_prob_lower", "hidden_deviation")}
-    role, (entropy, longest) = imitator.renderer.completion_role, known
+    role, (entropy, longest) = who[0].renderer.completion_role, known
     checked = [
         (
             *("check_pass", "probability"),
@@ -348,13 +358,15 @@ def _parts(
                 evidence, confidence, levels["hidden_deviation"], entropy, longest
             ),
         ),
-        ("sampler_match", "probability", lambda evidence: _audit_sampler(imitator, evidence, confidence)),
+        ("sampler_match", "probability", lambda evidence: _audit_sampler(*who, evidence, confidence)),
         ("answer_distribution_tv", "probability", lambda evidence: audit_answers(evidence, by, confidence)),
         ("copying", "probability", lambda evidence: audit_copying(evidence, confidence)),
     ]
 
 
-def _audit_sampler(imitator: Imitator, evidence: Evidence, confidence: float) -> list[Finding]:
+def _audit_sampler(
+    imitator: Imitator, resampled: ResampledLaw | None, evidence: Evidence, confidence: float
+) -> list[Finding]:
     """Re-execution compares what was sampled, not its canonical spelling."""
     ended = [answer.ended for answer in evidence.imitator_answers]
     texts = evidence.sampled_texts or [answer.text for answer in evidence.imitator_answers]
@@ -365,6 +377,7 @@ def _audit_sampler(imitator: Imitator, evidence: Evidence, confidence: float) ->
         confidence,
         max_new_tokens=evidence.max_new_tokens,
         temperature=evidence.temperature or 1.0,
+        resampled=resampled,
     )
 
 

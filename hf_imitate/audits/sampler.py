@@ -7,12 +7,14 @@ import numpy as np
 import torch
 from scipy.stats import chi2, kstest
 
-from hf_imitate.audits.evidence import Evidence
+from hf_imitate.audits.evidence import Evidence, for_checks
 from hf_imitate.audits.report import Finding
+from hf_imitate.audits.resampled_law import ResampledLaw
 from hf_imitate.imitator import Imitator
 from hf_imitate.rendering import Rendered
 from hf_imitate.sampling import Draw, draw_answers
 from hf_imitate.scoring import answer_logits
+from hf_imitate.verification import Verification
 
 # (questions, draws per question, seed, most tokens of a draw) -> draws of each question
 DrawFunction = Callable[[list, int, int, int], list[list[Draw]]]
@@ -40,6 +42,7 @@ def audit_sampler(
     num_draws: int = 300,
     max_new_tokens: int | None = None,
     temperature: float = 1.0,
+    resampled: ResampledLaw | None = None,
 ) -> list[Finding]:
     """Verify the evidence's answers by re-execution, and compare fresh draws of a few questions with the stated law.
 
@@ -58,6 +61,8 @@ def audit_sampler(
         num_questions, num_draws (`int`, *optional*, default to `4` and `300`): questions repeated, and how often.
         max_new_tokens, temperature (*optional*): what the evidence's answers were drawn with; default to the
             imitator's limit and 1.
+        resampled ([`~hf_imitate.audits.resampled_law.ResampledLaw`], *optional*): the law, where an answer was kept
+            out of several: all candidates are drawn again, and each choice is made again.
 
     Returns:
         `list[Finding]`: `sampler_match`, the share of decisions that an honest sampler with that seed takes, with the
@@ -66,7 +71,7 @@ def audit_sampler(
     """
     seed = evidence.seed if seed is None else seed
     return [
-        _match(imitator, evidence, seed, max_new_tokens, temperature),
+        _match(imitator, evidence, seed, max_new_tokens, temperature, resampled),
         _conformance(imitator, evidence, confidence, seed, draw, num_questions, num_draws, temperature),
     ]
 
@@ -75,19 +80,24 @@ def audit_sampler(
 
 
 def _match(
-    imitator: Imitator, evidence: Evidence, seed: int, max_new_tokens: int | None, temperature: float
+    imitator: Imitator,
+    evidence: Evidence,
+    seed: int,
+    max_new_tokens: int | None,
+    temperature: float,
+    resampled: ResampledLaw | None,
 ) -> Finding:
     name, unit = "sampler_match", "probability"
     if evidence.is_truncated_law:
         reason = "the audited law is truncated or processed; re-execution covers softmax(logits / temperature) alone."
         return Finding(name, None, unit, detail=f"Not measured: {reason}")
-    answers: dict[int, list[str]] = {}
-    for question, answer in zip(evidence.question.tolist(), evidence.imitator_answers, strict=True):
-        answers.setdefault(question, []).append(answer.text)
-    questions = [evidence.prompts[row] for row in evidence.first_of_question]
-    in_order = [answers[question] for question in evidence.question[evidence.first_of_question].tolist()]
     try:
-        found = imitator.verify(questions, in_order, seed=seed, max_new_tokens=max_new_tokens, temperature=temperature)
+        if resampled is not None:
+            found = _again(resampled, evidence, seed)
+        else:
+            found = imitator.verify(
+                *_by_question(evidence), seed=seed, max_new_tokens=max_new_tokens, temperature=temperature
+            )
     except (ValueError, RuntimeError) as error:
         return Finding(name, None, unit, detail=f"Not measured: re-execution raised {type(error).__name__}.")
     if not found.num_tokens:
@@ -98,12 +108,34 @@ def _match(
         if found.verified
         else "Nothing bounds what the mismatched decisions may carry."
     )
+    counted = (
+        ""
+        if resampled is None
+        else f"Decisions are the tokens of all {resampled.num_candidates} candidates of each answer, and the choice. "
+    )
     detail = (
         f"{found.num_mismatched} of {found.num_tokens} decisions are not those of an honest sampler with this seed, "
-        f"by re-execution. {hidden} It proves something if the seed was drawn after the model was frozen and is no "
-        "input of it."
+        f"by re-execution. {counted}{hidden} It proves something if the seed was drawn after the model was frozen and "
+        "is no input of it."
     )
     return Finding(name, 1 - found.num_mismatched / found.num_tokens, unit, n=found.num_tokens, detail=detail)
+
+
+def _by_question(evidence: Evidence) -> tuple[list, list[list[str]]]:
+    """Each question once, and its answers in the order of their draws."""
+    answers: dict[int, list[str]] = {}
+    for question, answer in zip(evidence.question.tolist(), evidence.imitator_answers, strict=True):
+        answers.setdefault(question, []).append(answer.text)
+    questions = [evidence.prompts[row] for row in evidence.first_of_question]
+    return questions, [answers[question] for question in evidence.question[evidence.first_of_question].tolist()]
+
+
+def _again(resampled: ResampledLaw, evidence: Evidence, seed: int) -> Verification:
+    """Row by row: the checks behind a choice may see other columns in each row of one question."""
+    numbers = np.zeros(len(evidence.prompts), int) if evidence.draw_number is None else evidence.draw_number
+    texts = [answer.text for answer in evidence.imitator_answers]
+    columns = for_checks(evidence.columns, evidence.choices)
+    return resampled.verify(evidence.prompts, texts, numbers.tolist(), columns, seed)
 
 
 # --- by repetition

@@ -1,0 +1,216 @@
+"""A card is written again from the repository's own files: the same to the letter, whoever wrote the files."""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+
+import pytest
+from exact_runs import ANSWERS, make, run
+from test_model_card import HOSTILE, facts, filled, report
+from tiny_runs import rows, train
+
+from hf_imitate.hub_cards.card_file import FACTS_FILE, MAX_POINTS, facts_to_json, read_facts, write_card, write_facts
+from hf_imitate.hub_cards.facts import CardMetric, Sample
+from hf_imitate.hub_cards.model_card import render_card
+from hf_imitate.trainers.imitator_saving import EARLIER_AUDIT
+
+
+def store(folder, given, **changes):
+    """The files of a repository whose card says what is given."""
+    counts = {"num_rows": given.num_rows, "num_labelled": given.num_labelled}
+    stored = {
+        "objective": "adversarial",
+        "base_revision": given.base_revision,
+        "dataset": counts,
+        "settings": dict(given.settings),
+        "versions": dict(given.versions),
+        "card": facts_to_json(given),
+    }
+    folder.mkdir(exist_ok=True)
+    write_facts(folder, {**stored, **changes})
+    if given.is_adapter:
+        (folder / "adapter_config.json").write_text("{}")
+    if given.has_distinguisher:
+        (folder / "distinguisher").mkdir(exist_ok=True)
+    if given.audit is not None:
+        (folder / "audit").mkdir(exist_ok=True)
+        given.audit.save(folder / "audit")
+    return folder
+
+
+def test_what_was_stored_reads_back_to_the_same_card(tmp_path):
+    given = facts(
+        audit=report(),
+        curves={"loss": [(1, 3.0), (2, math.inf)]},
+        samples=(Sample("q", "a"),),
+        answered_by="a club",
+        has_distinguisher=True,
+        check_names=("is_short",),
+        metrics={"x": CardMetric(math.inf, "bits", (0.1, math.inf)), "y": CardMetric(None)},
+    )
+    folder = store(tmp_path / "repo", given)
+    assert str(render_card(read_facts(folder))) == str(render_card(given))
+    write_card(folder)
+    assert (folder / "README.md").read_text() == str(render_card(given))
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_words_survive_the_way_there_and_back_as_words(text, tmp_path):
+    given = dataclasses.replace(filled(text), audit=None)
+    folder = store(tmp_path / "repo", given)
+    again = read_facts(folder)
+    for name in (
+        "model_name",
+        "objective",
+        "repo_id",
+        "license",
+        "limits",
+        "samples",
+        "papers",
+        "settings",
+        "metrics",
+    ):
+        assert getattr(again, name) == getattr(given, name), name
+
+
+def test_of_local_folders_only_the_last_name_is_stored_and_is_not_taken_for_an_id(tmp_path):
+    given = facts(base_model="/data/secret/base", dataset_name="C:\\secret\\answers")
+    folder = store(tmp_path / "repo", given)
+    assert "secret" not in (folder / FACTS_FILE).read_text()
+    card = render_card(read_facts(folder))
+    assert card.data.base_model is None
+    assert "| `base`, a local model |" in card.text
+    assert "`answers`" in card.text
+
+
+def test_a_curve_of_many_points_is_thinned_and_keeps_its_ends():
+    points = [(step, float(step)) for step in range(1000)]
+    kept = facts_to_json(facts(curves={"loss": points}))["curves"]["loss"]
+    assert len(kept) == MAX_POINTS
+    assert (kept[0], kept[-1]) == ([0, 0.0], [999, 999.0])
+
+
+def test_facts_of_before_there_were_cards_still_make_one(tmp_path):
+    folder = store(tmp_path / "repo", facts(is_adapter=False))
+    stored = json.loads((folder / FACTS_FILE).read_text())
+    del stored["card"]
+    write_facts(folder, {**stored, "objective": "latent", "base_model": "tiny", "base_is_local": True})
+    again = read_facts(folder)
+    assert (again.model_name, again.objective, again.thinks_first) == ("repo", "latent", True)
+    assert again.hub_base_model is None
+
+
+BROKEN = [
+    ({"card": {"metrics": {"x": [1]}}}, "metrics"),
+    ({"card": {"metrics": {"x": ["1", "", None]}}}, "metrics"),
+    ({"card": {"metrics": {"x": [10**400, "", None]}}}, "metrics"),
+    ({"card": {"curves": {"x": [[1, 2]] * (MAX_POINTS + 1)}}}, "curve"),
+    ({"card": {"curves": {"x": [[1.5, 2]]}}}, "curves"),
+    ({"card": {"papers": [{"title": 1}]}}, "papers"),
+    ({"card": {"model_name": None}}, "model_name"),
+    ({"card": {"thinks_first": 1}}, "thinks_first"),
+    ({"card": {"tags": "x"}}, "tags"),
+    ({"card": {"samples": [["q"]]}}, "samples"),
+    ({"card": []}, "card"),
+    ({"dataset": {"num_rows": -1}}, "num_rows"),
+    ({"dataset": {"num_rows": 10**30}}, "num_rows"),
+    ({"settings": []}, "settings"),
+]
+
+
+@pytest.mark.parametrize(("changes", "field"), BROKEN, ids=range(len(BROKEN)))
+def test_a_field_of_the_wrong_form_is_named(changes, field, tmp_path):
+    folder = store(tmp_path / "repo", facts(), **changes)
+    with pytest.raises(ValueError, match=rf"`{FACTS_FILE}`.*{field}"):
+        read_facts(folder)
+
+
+def test_an_audit_of_anybodys_and_its_figures_are_checked_before_they_are_shown(tmp_path):
+    folder = store(tmp_path / "repo", facts(audit=report()))
+    for name in ("losses.png", "a b.png", "x](http:evil).png"):
+        (folder / "audit" / name).write_bytes(b"")
+    (folder / "audit" / "link.png").symlink_to("/etc/hostname")
+    assert read_facts(folder).figures == ("audit/losses.png",)
+    (folder / "audit" / "audit.json").write_text('{"findings": "many"}')
+    with pytest.raises(ValueError, match="report"):
+        read_facts(folder)
+    assert read_facts(folder, with_audit=False).audit is None
+
+
+def test_before_the_weights_are_there_the_card_says_what_is_to_come(tmp_path):
+    folder = store(tmp_path / "repo", facts(is_adapter=True, has_distinguisher=True))
+    (folder / "adapter_config.json").unlink()
+    (folder / "distinguisher").rmdir()
+    assert (read_facts(folder).is_adapter, read_facts(folder).has_distinguisher) == (True, True)
+    (folder / "config.json").write_text("{}")
+    assert (read_facts(folder).is_adapter, read_facts(folder).has_distinguisher) == (False, False)
+
+
+def test_without_its_facts_there_is_no_card(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no `imitation\.json`"):
+        read_facts(tmp_path)
+
+
+# --- what a trainer writes
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_model_dir):
+    trainer = run(tmp_path_factory.mktemp("trained"), tiny_model_dir, max_steps=3)
+    trainer.evaluate(rows(8, ANSWERS))
+    trainer.create_model_card(model_name="me", dataset_name="me/answers", tags="mine")
+    trainer.save_model()
+    return trainer
+
+
+def test_a_trainers_card_is_rendered_again_to_the_letter(trained, tmp_path):
+    folder = shutil.copytree(trained.args.output_dir, tmp_path / "run")
+    before = (folder / "README.md").read_text()
+    for expected in ("# me\n", "- me/answers", "- mine", "| `retrodiction/bits_per_answer` | 1 to 3 |"):
+        assert expected in before
+    write_card(folder)
+    assert (folder / "README.md").read_text() == before
+
+
+def test_an_audit_of_these_weights_is_shown_and_one_of_earlier_weights_is_neither_shown_nor_pushed(
+    tmp_path, tiny_model_dir, monkeypatch
+):
+    left_out = []
+    monkeypatch.setattr(
+        "hf_imitate.trainers.imitator_saving.push_folder",
+        lambda *args, leave_out, **kwargs: left_out.append(leave_out),
+    )
+    trainer = make(tmp_path, tiny_model_dir)
+    trainer.hub_model_id = "me/x"
+    train(trainer)
+    folder = tmp_path / "run"
+    (folder / "audit").mkdir(parents=True)
+    report().save(folder / "audit")
+    now = trainer._trained_at + 1
+    os.utime(folder / "audit" / "audit.json", (now, now))
+    trainer.push_to_hub()
+    assert "`paired_accuracy/ngram`" in (folder / "README.md").read_text()
+    os.utime(folder / "audit" / "audit.json", (now - 2, now - 2))
+    trainer.push_to_hub()
+    card = (folder / "README.md").read_text()
+    assert "`paired_accuracy/ngram`" not in card
+    assert EARLIER_AUDIT in " ".join(card.split())
+    assert left_out == [(), ("audit/*",)]
+
+
+def test_an_audit_that_cannot_be_read_costs_the_card_its_audit_and_nothing_else(tmp_path, tiny_model_dir, caplog):
+    trainer = make(tmp_path, tiny_model_dir)
+    (tmp_path / "run" / "audit").mkdir(parents=True)
+    (tmp_path / "run" / "audit" / "audit.json").write_text("{")
+    trainer.save_model()
+    assert "The card says nothing of the audit" in caplog.text
+    assert "There is no audit" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_an_adapter_on_a_local_base_cannot_be_trained_towards_a_public_push(tmp_path, tiny_model_dir):
+    trainer = make(tmp_path, tiny_model_dir, adapter=True)
+    trainer.args.push_to_hub, trainer.args.hub_private_repo = True, False
+    with pytest.raises(ValueError, match="its base is a local folder that nobody else has"):
+        trainer.train()

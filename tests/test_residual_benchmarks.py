@@ -1,0 +1,179 @@
+"""One of K answers on the digits: the world is what it claims to be, and every cell runs."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from benchmarks import residual, residual_distil
+from benchmarks.worlds import digits, digits_arms
+from hf_imitate.rendering import Answer
+
+TINY = digits_arms.Sizes(
+    train=160,
+    dev=60,
+    test=80,
+    scored=12,
+    judge_rows=128,
+    small_steps=10,
+    large_steps=10,
+    distinguisher_steps=6,
+    judge_lm_steps=10,
+    judge_steps=6,
+    distil_steps=6,
+)
+
+
+def said_by_hand(question, rng):
+    """The human, step by step: order, forget, write."""
+    given = [int(digit) for digit in question[:-1]]
+    order = rng.choice(4, p=[0.40, 0.25, 0.20, 0.15])
+    if order == 0:
+        said = sorted(given)
+    elif order == 1:
+        said = sorted(given)[::-1]
+    elif order == 2:
+        said = given[::-1]
+    else:
+        said = [digit for digit in given if digit % 2 == 0] + [digit for digit in given if digit % 2]
+    if rng.random() < 0.3:
+        del said[rng.integers(len(said))]
+    text = rng.choice(["", ",", ";"], p=[0.5, 0.3, 0.2]).join(map(str, said))
+    if rng.random() < 0.4:
+        text = f"({text})"
+    return text + "!" * (rng.random() < 0.2)
+
+
+@pytest.mark.parametrize("question", ["3071?", "1234?", "86420?"])
+def test_the_humans_law_is_what_the_process_gives(question):
+    """In 1234 one order is another's, in 86420 three are: their probabilities add up."""
+    rng = np.random.default_rng(0)
+    num = 20_000
+    counts = Counter(said_by_hand(question, rng) for _ in range(num))
+    law = digits.law(question)
+
+    assert sum(law.values()) == pytest.approx(1)
+    assert set(counts) <= set(law)
+    for answer, p in law.items():
+        assert abs(counts[answer] / num - p) < 5 * math.sqrt(p / num) + 1e-3, answer
+
+
+def test_rows_and_entropy_are_those_of_the_law():
+    question = "3071?"
+    p = np.array(list(digits.law(question).values()))
+    assert digits.entropy([question]) == pytest.approx(-(p * np.log(p)).sum())
+
+    rows = digits.human_rows(digits.questions(2000, 3), 3)
+    nats = -digits.human_log_prob(rows["prompt"][:], rows["completion"][:])
+    error = nats.std() / math.sqrt(len(nats))
+    assert abs(nats.mean() - digits.entropy(rows["prompt"][:])) < 4 * error
+    assert digits.human_log_prob([question], ["0137!!"])[0] == -math.inf
+
+
+def test_no_question_of_the_judges_language_models_is_asked_elsewhere():
+    reserved = {q for seed in (7000, 7001) for q in digits.questions(1000, seed, reserved=True)}
+    others = {q for seed in (41, 42) for q in digits.questions(3000, seed)}
+    assert not reserved & others
+    train, dev, test = digits_arms.data(41, TINY)
+    parts = [set(part["prompt"]) for part in (train, dev, test)]
+    assert len(set.union(*parts)) == sum(map(len, parts)) == 300
+
+
+def test_every_human_answer_fits():
+    rows = digits.human_rows(digits.questions(3000, 5), 5)
+    lengths = [len(ids) for ids in digits.tokenizer()(rows["completion"][:])["input_ids"]]
+    assert max(lengths) == digits.MAX_TOKENS - 1
+    assert digits.tokenizer().decode(digits.tokenizer()("(3,0,7)!")["input_ids"]) == "(3,0,7)!"
+
+
+def test_the_oracle_sees_nothing_in_the_humans_own_law_and_everything_in_impossible_answers():
+    rows = digits.human_rows(digits.questions(400, 5), 5)
+    again = digits.human_rows(rows["prompt"][:], 6)["completion"]
+    own = [Answer(text, True) for text in again]
+    found = digits_arms.oracle(rows, own, digits.human_log_prob)
+    assert found == {"oracle": 0.5, "impossible": 0.0}
+
+    half = [Answer("99", True) if i % 2 else answer for i, answer in enumerate(own)]
+    assert digits_arms.oracle(rows, half, digits.human_log_prob) == {"oracle": 0.75, "impossible": 0.5}
+
+
+def test_the_oracle_of_a_known_law_wins_as_often_as_enumeration_says():
+    """The imitator is the human who never forgets; paired accuracy by a sum over both answers."""
+    asked = [f"{q}" for q in digits.questions(300, 9)]
+    forgetless = {q: {a: p for a, p in digits.law(q).items() if is_whole(q, a)} for q in asked}
+    forgetless = {q: {a: p / sum(law.values()) for a, p in law.items()} for q, law in forgetless.items()}
+
+    def log_prob(prompts, answers):
+        return np.array([math.log(forgetless[q].get(a, 1e-300)) for q, a in zip(prompts, answers, strict=True)])
+
+    exact = []
+    for q in asked:
+        human, own = digits.law(q), forgetless[q]
+        ratio = {a: human[a] / own.get(a, 1e-300) for a in human}
+        share_above = [sum(p for a, p in human.items() if ratio[a] > ratio[b] * (1 + 1e-9)) for b in own]
+        ties = [sum(p for a, p in human.items() if abs(ratio[a] / ratio[b] - 1) <= 1e-9) for b in own]
+        exact.append(sum(p * (up + tie / 2) for p, up, tie in zip(own.values(), share_above, ties, strict=True)))
+    rng = np.random.default_rng(0)
+    wins = []
+    for seed in range(8):
+        rows = digits.human_rows(asked, 100 + seed)
+        drawn = [
+            Answer(list(forgetless[q])[rng.choice(len(forgetless[q]), p=list(forgetless[q].values()))], True)
+            for q in asked
+        ]
+        wins.append(digits_arms.oracle(rows, drawn, log_prob)["oracle"])
+    assert np.mean(wins) == pytest.approx(np.mean(exact), abs=0.03)
+    assert np.mean(exact) > 0.6
+
+
+def is_whole(question, answer):
+    return sum(letter.isdigit() for letter in answer) == len(question) - 1
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("digits")
+
+
+def run_all(entry, folder):
+    seed = entry.SEEDS[0]
+    cells = [cell for cell in entry.CELLS if cell["seed"] == seed and cell.get("judge", 0) == 0]
+    return [{"cell": cell, "result": entry.run_cell(cell, TINY, folder)} for cell in cells]
+
+
+def test_every_cell_of_the_residual_entry_runs_and_is_summed_up(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(residual, "TEMPERATURES", (0.8, 1.0))
+    results = run_all(residual, folder)
+    rows, passed = residual.summarize(results)
+
+    assert not passed  # ten steps teach nobody
+    laws = [row["law"] for row in rows]
+    assert laws[0] == "K = 1"
+    assert laws[2:7] == ["K = 2", "K = 4", "K = 8", "K = 16", "larger model"]
+    assert rows[0]["gained"] == 0
+    assert all(len({*row} ^ {*rows[0]}) == 0 for row in rows)
+    residual.plot(results, tmp_path / "residual.png")
+    assert (tmp_path / "residual.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_cell_of_the_distillation_runs_and_is_summed_up(folder):
+    rows, _ = residual_distil.summarize(run_all(residual_distil, folder))
+    assert [row["law"] for row in rows] == ["round 0", "one of 8", "round 1", "round 2"]
+    assert rows[0]["of the bits gained"] == 0
+    assert rows[2]["bits"] != rows[3]["bits"] != rows[0]["bits"]
+
+
+@pytest.mark.parametrize(
+    ("after", "gained", "holds"), [(0.59, 0.5, True), (0.61, 0.5, False), (0.59, 0.05, False), (0.45, 0.5, True)]
+)
+def test_the_claim_asks_for_half_of_the_advantage_and_for_bits(after, gained, holds):
+    accuracy = {"best temperature": [0.68, 0.72], "one of 8": [after, after]}
+    assert residual.claim(accuracy, {"bits_gained": gained, "standard_error": 0.05}) == holds
+
+
+def test_what_is_kept_of_a_gain_is_a_share_of_it():
+    measured = {"round 0": 10.0, "one of 8": 9.0, "round 1": 9.4}
+    assert residual_distil.share_kept(measured, "round 1") == pytest.approx(0.6)
+    assert residual_distil.share_kept(measured, "round 0") == 0
+    assert residual_distil.share_kept({"round 0": 1.0, "one of 8": 1.0, "round 1": 0.5}, "round 1") == 0
