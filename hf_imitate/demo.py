@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, ProgressCallback, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
@@ -86,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         show(think(output_dir / "_thinking", THINKING_SECONDS / args.speed_up, args.seed))
     with _stage("The card"):
         card = write_card(output_dir, dataset_name="docstrings", answered_by="the authors of the docstrings")
-        print(card.read_text(encoding="utf-8"))
+        print(f"{card}, without its metadata:\n\n{ModelCard.load(card).text.strip()}")
     print(f"\nDone in {(time.perf_counter() - began) / 60:.1f} minutes. Everything is in {output_dir}/")
     return 0
 

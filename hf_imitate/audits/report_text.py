@@ -50,7 +50,8 @@ def _judges(report: "AuditReport") -> list[str]:
     p_values = report.ledger.get("judges", {})
     seeing = [j for j in measured if p_values.get(j, {}).get("p_holm", 1.0) <= level]
     controls = {f.name.split("/", 1)[1]: f for f in report.distinguishability if f.name.startswith("power_control/")}
-    blind = [j for j in measured if j in controls and controls[j].value is None]
+    # Of those who saw a difference nobody asks whether they can see one.
+    blind = [j for j in measured if j not in seeing and j in controls and controls[j].value is None]
     sentences = []
     if seeing:
         best = max(seeing, key=lambda j: measured[j].value or 0.0)
@@ -69,8 +70,8 @@ def _judges(report: "AuditReport") -> list[str]:
         )
     if blind:
         sentences.append(
-            f"The silence of {', '.join(_plain(j) for j in blind)} proves nothing: shown planted fakes, that judge "
-            "did not notice them."
+            f"The silence of {', '.join(_plain(j) for j in blind)} proves nothing: shown planted fakes, "
+            f"{'that judge' if len(blind) == 1 else 'these judges'} did not notice them."
         )
     gains = [f.value for f in report.distinguishability if f.name.startswith("tv_lower/") and f.value]
     if gains and max(gains) > 0:
