@@ -41,15 +41,15 @@ ANSWER_BATCH = 512
 class Sizes(NamedTuple):
     """How many rows there are of each kind, and for how many steps each model is trained."""
 
-    train: int = 8000
+    train: int = 20_000
     dev: int = 1000
     test: int = 3000
     scored: int = 400  # of the test questions, those whose probabilities are estimated
-    judge_rows: int = 4500
+    judge_rows: int = 8000
     small_steps: int = 1600
-    large_steps: int = 700
-    distinguisher_steps: int = 300
-    judge_lm_steps: int = 500
+    large_steps: int = 1500
+    distinguisher_steps: int = 400
+    judge_lm_steps: int = 800
     judge_steps: int = 300
     distil_steps: int = 600
 
