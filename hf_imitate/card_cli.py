@@ -1,5 +1,6 @@
 """`hf-imitate card`: a folder's README.md written again from its own files, and its weights without PEFT."""
 
+import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 _COPIED = ("imitation.json", "generation_config.json")
-_COPIED_FOLDERS = ("distinguisher", "retrodictor", "audit")
+_SECOND_MODELS = ("distinguisher", "retrodictor")
 _LEFT = shutil.ignore_patterns("cache", "scores.parquet")  # of an audit: answers, and numbers per question
 
 
@@ -61,8 +62,14 @@ def _run(folder: Path, asked: Any) -> list[str]:
         changes["samples"] = _ask(folder, asked.question, read_facts(folder).is_conversational)
     lines = [f"Wrote {write_card(folder, **changes)}."]
     if asked.merge is not None:
-        difference = merge(folder, Path(asked.merge))
-        lines.append(f"Wrote plain weights to {asked.merge}; its logits differ by at most {difference:.2g}.")
+        target = Path(asked.merge)
+        difference = merge(folder, target)
+        lines.append(f"Wrote plain weights to {target}; its logits differ by at most {difference:.2g}.")
+        lines += [
+            f"Left out {name}/: it is an adapter on a local folder, which nobody else has."
+            for name in _SECOND_MODELS
+            if (folder / name).is_dir() and not (target / name).is_dir()
+        ]
     return lines
 
 
@@ -78,6 +85,8 @@ def _ask(folder: Path, questions: Sequence[str], is_conversational: bool) -> tup
 
 def merge(folder: str | Path, target: str | Path) -> float:
     """Write an imitator as plain weights, for people without PEFT, with its law, its second models and its card.
+
+    A second model whose base is a local folder is left out, and the card says so: nobody else could load it.
 
     Args:
         folder (`str` or `Path`):
@@ -96,7 +105,8 @@ def merge(folder: str | Path, target: str | Path) -> float:
     from peft import PeftModel
 
     from hf_imitate.causal_lm import load_causal_lm, repo_folder
-    from hf_imitate.hub_cards.card_file import read_facts, write_card
+    from hf_imitate.hub_cards.card_file import FACTS_FILE, has_stale_audit, read_facts, write_card, write_facts
+    from hf_imitate.hub_cards.push import local_bases
 
     source, target = repo_folder(Path(folder)), Path(target)
     if target.exists() and any(target.iterdir()):
@@ -120,14 +130,20 @@ def merge(folder: str | Path, target: str | Path) -> float:
     for name in _COPIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    for name in _COPIED_FOLDERS:
-        if (source / name).is_dir():
+    adapters = [path.relative_to(source).as_posix() for path in source.rglob("adapter_config.json")]
+    left_out = {name.partition("/")[0] for name in local_bases(source, adapters)} & set(_SECOND_MODELS)
+    for name in (*_SECOND_MODELS, *(() if has_stale_audit(source) else ("audit",))):
+        if (source / name).is_dir() and name not in left_out:
             shutil.copytree(source / name, target / name, ignore=_LEFT)
+    if "retrodictor" in left_out:
+        stored = json.loads((source / FACTS_FILE).read_text(encoding="utf-8"))
+        write_facts(target, {**stored, "has_retrodictor": False})
+    absent = [f"Its {name} was left out: it is an adapter on a local folder." for name in sorted(left_out)]
     note = (
         f"Its adapter was added to its base's weights, which rounds: logits differ by up to {difference:.2g} from "
         "those of the adapter. An audit shown here was made of the adapter."
     )
-    write_card(target, model_name=target.name, repo_id=None, limits=(*facts.limits, note))
+    write_card(target, model_name=target.name, repo_id=None, limits=(*facts.limits, *absent, note))
     return difference
 
 

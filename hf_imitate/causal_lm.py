@@ -7,9 +7,16 @@ import torch
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
-from hf_imitate.repo_checks import check_model_config, check_repo
+from hf_imitate.repo_checks import UnsafeRepoError, check_model_config, check_model_size, check_repo
 
 ADAPTER_FILE = "adapter_model.safetensors"
 
@@ -26,6 +33,9 @@ _NOT_NEEDED = [
     "checkpoint-*",
     "last-checkpoint/*",
 ]
+# Of a base, what a causal LM and its tokenizer are read from.
+_BASE_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+_NOT_NEEDED_OF_BASE = [*_NOT_NEEDED, "*/*", "consolidated*"]
 
 
 def repo_folder(repo: str | Path, revision: str | None = None) -> Path:
@@ -40,9 +50,42 @@ def repo_folder(repo: str | Path, revision: str | None = None) -> Path:
     return folder
 
 
-def _downloaded(repo: str | Path, revision: str | None) -> Path:
+def base_folder(name: str, revision: str | None = None) -> tuple[Path, str | None]:
+    """The local folder of an adapter's base, its small files read as those of a repo, and the revision to load it at.
+
+    Returns:
+        `tuple`: the folder, and the very commit that was read, so that no other one is loaded by the base's name; the
+        revision as given for a local folder, and for weights that only transformers' own conversion can load.
+
+    Raises:
+        FileNotFoundError: it is no local folder and cannot be had from the Hub.
+        UnsafeRepoError: one of its files could harm whoever loads it, or it is itself an adapter.
+    """
+    is_local = Path(name).is_dir()
+    folder = Path(name) if is_local else _downloaded(name, revision, _BASE_FILES, _NOT_NEEDED_OF_BASE)
+    check_repo(folder)
+    check_no_adapter(folder)
+    return folder, revision if is_local or not any(folder.glob("*.safetensors")) else folder.name
+
+
+def check_no_adapter(folder: Path) -> None:
+    """Stop where a model to load by transformers holds an adapter: it would follow it to another, unread, base.
+
+    Raises:
+        UnsafeRepoError: there is an `adapter_config.json`.
+    """
+    if (folder / "adapter_config.json").exists():
+        raise UnsafeRepoError(
+            "The model to load holds an `adapter_config.json`, which would lead on to another base. Merge that "
+            "adapter into its base (`merge_and_unload`), save it in a folder of its own, and name that instead."
+        )
+
+
+def _downloaded(
+    repo: str | Path, revision: str | None, needed: list[str] | None = None, not_needed: list[str] = _NOT_NEEDED
+) -> Path:
     try:
-        return Path(snapshot_download(str(repo), revision=revision, ignore_patterns=_NOT_NEEDED))
+        return Path(snapshot_download(str(repo), revision=revision, allow_patterns=needed, ignore_patterns=not_needed))
     except (ValueError, FileNotFoundError) as error:  # no repo id at all; not in the cache and no network
         raise FileNotFoundError(
             f"`{repo}` is neither a local folder nor a Hub repo that can be reached from here. Check its spelling; "
@@ -107,20 +150,22 @@ def load_causal_lm(
     Raises:
         FileNotFoundError: the folder holds neither; the message says what was found.
         ValueError: the weights are those of another kind of model or do not fit it, or an adapter names no base.
+        UnsafeRepoError: the base could harm whoever loads it, is itself an adapter, or would hold more than is stored.
     """
     device = torch.device(device) if device is not None else _default_device()
     loading = {"dtype": dtype or (torch.float32 if device.type == "cpu" else "auto")}
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(folder)}
     if (folder / "adapter_config.json").is_file() and (folder / "adapter_model.safetensors").is_file():
-        base_source = _base_of_adapter(folder)
-        base = _load_complete(base_source, loading)
+        base_source, base_files = _base_of_adapter(folder)
+        base = _load_complete(base_source, loading, base_files)
         if (folder / "generation_config.json").is_file():
             base.generation_config = GenerationConfig.from_pretrained(str(folder))
         model = _with_adapter(base, folder)
         if not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
             source = base_source
     elif (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
-        model = _load_complete(source, loading)
+        check_no_adapter(folder)
+        model = _load_complete(source, loading, folder)
     else:
         found = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
         raise FileNotFoundError(
@@ -135,7 +180,7 @@ def _default_device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
-def _base_of_adapter(folder: Path) -> dict[str, Any]:
+def _base_of_adapter(folder: Path) -> tuple[dict[str, Any], Path]:
     config = PeftConfig.from_pretrained(str(folder))
     if config.task_type not in (None, "CAUSAL_LM"):
         raise ValueError(
@@ -147,7 +192,8 @@ def _base_of_adapter(folder: Path) -> dict[str, Any]:
             f"`{folder}` holds an adapter whose `adapter_config.json` names no base. Load the base yourself and use "
             "`Imitator(PeftModel.from_pretrained(base, folder), tokenizer)`."
         )
-    return {"pretrained_model_name_or_path": config.base_model_name_or_path, "revision": config.revision or "main"}
+    files, revision = base_folder(config.base_model_name_or_path, config.revision or "main")
+    return {"pretrained_model_name_or_path": config.base_model_name_or_path, "revision": revision}, files
 
 
 def _with_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
@@ -174,10 +220,10 @@ def _with_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     return model
 
 
-def _load_complete(source: dict[str, Any], loading: dict[str, Any]) -> PreTrainedModel:
-    asked = {key: value for key, value in source.items() if key != "pretrained_model_name_or_path"}
-    values, _ = PretrainedConfig.get_config_dict(source["pretrained_model_name_or_path"], **asked)
-    check_model_config(values)
+def _load_complete(source: dict[str, Any], loading: dict[str, Any], folder: Path) -> PreTrainedModel:
+    check_model_config(PretrainedConfig.get_config_dict(str(folder))[0])
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    check_model_size(config, AutoModelForCausalLM, folder)
     model, info = AutoModelForCausalLM.from_pretrained(
         **source, **loading, trust_remote_code=False, use_safetensors=True, output_loading_info=True
     )

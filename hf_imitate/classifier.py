@@ -14,7 +14,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hf_imitate.repo_checks import check_model_config
+from hf_imitate.causal_lm import base_folder
+from hf_imitate.repo_checks import check_model_config, check_model_size
 
 HEAD_STD = 0.02  # not zero: a zero head on LoRA's zero B matrix is a saddle point
 
@@ -68,14 +69,19 @@ def load_body(name_or_path: str, **loading: Any) -> PreTrainedModel:
     """What is stored there: a sequence classifier, loaded with one label, or a causal LM.
 
     A causal LM is loaded as such and then given its head, since loading it as a classifier reports weights as missing.
+
+    Raises:
+        FileNotFoundError: it is neither a local folder nor a Hub repo that can be reached.
+        UnsafeRepoError: one of its files could harm whoever loads it, or it is an adapter.
     """
-    revision = loading.get("revision")
-    check_model_config(PreTrainedConfig.get_config_dict(name_or_path, revision=revision)[0])
-    config = AutoConfig.from_pretrained(
-        name_or_path, revision=revision, trust_remote_code=loading["trust_remote_code"]
-    )
+    folder, revision = base_folder(name_or_path, loading.get("revision"))
+    loading = loading | {"revision": revision}
+    check_model_config(PreTrainedConfig.get_config_dict(str(folder))[0])
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=loading["trust_remote_code"])
     if is_classifier_config(config):
+        check_model_size(config, AutoModelForSequenceClassification, folder)
         return AutoModelForSequenceClassification.from_pretrained(name_or_path, num_labels=1, **loading)
+    check_model_size(config, AutoModelForCausalLM, folder)
     return AutoModelForCausalLM.from_pretrained(name_or_path, **loading)
 
 

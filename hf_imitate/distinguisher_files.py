@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from hf_imitate.causal_lm import repo_folder
 from hf_imitate.classifier import classifier_around, load_classifier
+from hf_imitate.repo_checks import check_model_size
 
 if TYPE_CHECKING:
     from hf_imitate.distinguisher import Distinguisher
@@ -83,6 +84,7 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedMode
 
     Raises:
         FileNotFoundError: the adapter's weights are not there as safetensors; no pickle is read.
+        UnsafeRepoError: the adapter's base could harm whoever loads it, or a model would hold more than is stored.
     """
     loading = {"trust_remote_code": False, "use_safetensors": True, "dtype": dtype or torch.float32}
     model: PreTrainedModel | PeftModel
@@ -92,6 +94,8 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedMode
         base = load_classifier(config.base_model_name_or_path, revision=config.revision or "main", **loading)
         model = PeftModel.from_pretrained(base, str(folder))
     else:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        check_model_size(config, AutoModelForSequenceClassification, folder)
         model = AutoModelForSequenceClassification.from_pretrained(str(folder), num_labels=1, **loading)
     core = model.get_base_model() if isinstance(model, PeftModel) else model
     core.get_submodule("score").float()

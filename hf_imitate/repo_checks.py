@@ -2,19 +2,37 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+import torch
+from transformers import PretrainedConfig
 
 MAX_JSON_BYTES = 16 * 2**20
 MAX_TOKENS = 2**20
 """Longest answer, in tokens, that a repo may ask for."""
 MAX_RANK, MAX_LAYERS, MAX_INTEGER = 2**14, 2**12, 2**40
 MAX_MEMBERS = 64
+MAX_DEPTH = 64
+"""How deep one JSON object may lie in others."""
+MAX_REPLICATIONS, MAX_MODULES = 64, 2**12
+MAX_PATTERN = 1000
+"""Longest regular expression, in characters, that may choose an adapter's modules."""
+_MAX_PATHS = 2**20
+_NAME_LENGTH = 64  # characters of a module's name that one quantifier may end at
+_SPARE_NUMBERS = 2**24  # of tables that are computed, not stored
 _FOLDERS = ("", "distinguisher", "retrodictor")
 _OUR_FILES = ("imitation.json", "checks.json", "adapter_config.json", "generation_config.json", "config.json")
 _READ = (*_OUR_FILES, "tokenizer_config.json", "model.safetensors.index.json")
 _READ_SUFFIXES = {".json", ".safetensors", ".txt", ".model", ".jinja"}
+# Of a model's config: how often something is built, in a loop.
+_COUNTS = re.compile(r"(_layers|n_layer|num_labels)$|^(num|n)_.*(layer|expert|head|block|group)s?$")
+# Of an adapter's config: names of modules, or regular expressions for them.
+_CHOOSES_MODULES = ("_modules", "_pattern", "modules_to_save", "target_parameters")
+_PLAIN_NAMES = re.compile(r"[\w.\-]*")
+_REGEX_CHARACTERS = re.compile(r"[\w.\-|()\\^$?:*+\[\]!=]*")
 
 
 class UnsafeRepoError(ValueError):
@@ -60,11 +78,14 @@ def read_object(file: Path, name: str | None = None) -> dict[str, Any]:
     if file.stat().st_size > MAX_JSON_BYTES:
         raise UnsafeRepoError(f"{name} has more than {MAX_JSON_BYTES:,} bytes.")
     try:
-        values = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        text = file.read_text(encoding="utf-8")
+        values = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise UnsafeRepoError(f"{name} is not valid JSON ({type(error).__name__}). Download the repo again.") from None
     if not isinstance(values, dict):
         raise UnsafeRepoError(f"{name} holds a {type(values).__name__}; it must be an object.")
+    if _depth(values) > MAX_DEPTH:
+        raise UnsafeRepoError(f"{name} is nested more than {MAX_DEPTH} deep.")
     return values
 
 
@@ -77,13 +98,44 @@ def check_model_config(values: Mapping[str, Any], name: str = "config.json") -> 
     """
     for key, value in _walk(values):
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if is_number and abs(value) > (MAX_LAYERS if key.endswith(("_layers", "n_layer")) else MAX_INTEGER):
+        if is_number and not abs(value) <= (MAX_LAYERS if _COUNTS.search(key) else MAX_INTEGER):
             raise UnsafeRepoError(f"{name}: `{key}` is larger than that of any model.")
         # `attn_implementation="org/kernel"` makes transformers load a kernel from the Hub: code.
         if key.endswith("_implementation") and any("/" in text for text in _texts(value)):
             raise UnsafeRepoError(f"{name}: `{key}` names a repo with code, and none is run. Remove the field.")
+        if key == "configuration_files":
+            raise UnsafeRepoError(f"{name}: `{key}` leads to another file, which is not read. Remove the field.")
         if key == "transformers_weights" and not _is_plain_name(value):
             raise UnsafeRepoError(f"{name}: `{key}` is no file of this folder.")
+
+
+def check_model_size(config: PretrainedConfig, auto_class: type, folder: Path) -> None:
+    """Stop where a config speaks of a model that is larger than the weights beside it: transformers would make it up.
+
+    Args:
+        config ([`~transformers.PretrainedConfig`]):
+            What [`check_model_config`] has passed.
+        auto_class (`type`):
+            Builds the model, as `AutoModelForCausalLM` does; here without memory for its weights.
+        folder (`Path`):
+            Holds safetensors weights; where it holds none, nothing is checked.
+
+    Raises:
+        UnsafeRepoError: the model has more numbers than the files can store, at two bits each where it is quantised
+            and a byte otherwise; or it cannot be built.
+    """
+    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if not stored:
+        return
+    try:
+        with torch.device("meta"):
+            model = auto_class.from_config(config, dtype=torch.float32, trust_remote_code=False)  # type: ignore[attr-defined]
+    except (RuntimeError, OverflowError) as error:  # a weight of more bytes than can be counted
+        raise UnsafeRepoError(f"config.json: no such model can be built ({type(error).__name__}).") from None
+    numbers = sum(tensor.numel() for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
+    in_a_byte = 4 if getattr(config, "quantization_config", None) else 1
+    if numbers > in_a_byte * stored + _SPARE_NUMBERS:
+        raise UnsafeRepoError("config.json: the model has more weights than the files beside it hold.")
 
 
 def _folders(folder: Path) -> Iterable[Path]:
@@ -163,6 +215,69 @@ def _check_adapter(values: Mapping[str, Any], name: str) -> None:
         _check_kind(alpha, (int, float), f"{name}: `lora_alpha`")
         if not abs(alpha) < 1e6:
             raise UnsafeRepoError(f"{name}: `lora_alpha` is larger than any that training can bear.")
+    replications = values.get("layer_replication") or []
+    _check_kind(replications, (list,), f"{name}: `layer_replication`")
+    is_plain = len(replications) <= MAX_REPLICATIONS and all(_is_layer_range(pair) for pair in replications)
+    if not is_plain or sum(abs(end - start) for start, end in replications) > MAX_LAYERS:
+        raise UnsafeRepoError(f"{name}: `layer_replication` is no list of up to {MAX_REPLICATIONS} ranges of layers.")
+    for key, value in values.items():
+        if key.endswith(_CHOOSES_MODULES) and value is not None:
+            _check_modules(key, value, f"{name}: `{key}`")
+
+
+def _check_modules(key: str, value: Any, what: str) -> None:
+    """What PEFT matches with the name of every module: plain names, or a regular expression that soon ends."""
+    _check_kind(value, (str, list, dict), what)
+    # Only these PEFT matches as they stand; names in lists it surrounds by `.*`.
+    if len(value) > (MAX_PATTERN if isinstance(value, str) else MAX_MODULES):
+        raise UnsafeRepoError(f"{what} names more modules than any model has.")
+    may_be_regex = isinstance(value, dict) or (isinstance(value, str) and key != "layers_pattern")
+    for text in [value] if isinstance(value, str) else value:
+        _check_kind(text, (str,), f"{what}, or an item in it,")
+        if not (_PLAIN_NAMES.fullmatch(text) or (may_be_regex and _soon_ends(text))):
+            raise UnsafeRepoError(
+                f"{what} is neither a module's name nor a regular expression that is sure to end soon: at most "
+                f"{MAX_PATTERN:,} characters, no repeated group, few `*` and `+`. Give a list of names."
+            )
+
+
+def _soon_ends(pattern: str) -> bool:
+    """Whether a regular expression can be matched in few ways, so that a search for all of them ends.
+
+    No group is repeated; then the ways are at most the product of those at each quantifier and each alternation.
+    """
+    if len(pattern) > MAX_PATTERN or not _REGEX_CHARACTERS.fullmatch(pattern):
+        return False
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    plain = re.sub(r"\[\^?[^\[\]]+\]", "x", re.sub(r"\\.", "x", pattern))
+    if set("[]\\") & set(plain) or re.search(r"\)[*+]", plain):
+        return False
+    groups_marked = plain.replace("(?", "(")
+    quantifiers = re.findall(r"[*+?][?+]?", groups_marked)
+    ways = math.prod(2 if found[0] == "?" else _NAME_LENGTH for found in quantifiers)
+    return ways * math.prod(_alternatives(groups_marked)) <= _MAX_PATHS
+
+
+def _alternatives(pattern: str) -> list[int]:
+    """How many alternatives each group offers, the whole included."""
+    open_groups, closed = [1], []
+    for character in pattern:
+        if character == "(":
+            open_groups.append(1)
+        elif character == ")":
+            closed.append(open_groups.pop())
+        elif character == "|":
+            open_groups[-1] += 1
+    return closed + open_groups
+
+
+def _is_layer_range(pair: Any) -> bool:
+    if not isinstance(pair, list) or len(pair) != 2:
+        return False
+    return all(isinstance(end, int) and 0 <= end <= MAX_LAYERS for end in pair)
 
 
 def _check_generation(values: Mapping[str, Any], name: str) -> None:
@@ -223,22 +338,43 @@ def _is_plain_name(value: Any) -> bool:
 
 
 def _walk(value: Any) -> Iterable[tuple[str, Any]]:
+    left = [value]
+    while left:
+        part = left.pop()
+        if isinstance(part, Mapping):
+            yield from part.items()
+        left.extend(_children(part))
+
+
+def _children(value: Any) -> Iterable[Any]:
     if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield key, item
-            yield from _walk(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _walk(item)
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def _depth(value: Any) -> int:
+    """How many objects and lists lie in one another, counted without recursion."""
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, Mapping | list)]:
+        depth, level = depth + 1, [child for item in level for child in _children(item)]
+    return depth
 
 
 def _texts(value: Any) -> Iterable[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping | list):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts(item)
+    left = [value]
+    while left:
+        part = left.pop()
+        if isinstance(part, str):
+            yield part
+        left.extend(_children(part))
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON.")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("A number is too large.")
+    return value

@@ -15,10 +15,13 @@ MOST_ROWS = 200
 _SIDES = ("human", "imitator")
 
 
-class Gap(NamedTuple):
-    """A finding that could not be measured, and why."""
+_SAID_ALREADY = "Not measured: "
 
-    name: str
+
+class Gap(NamedTuple):
+    """Findings that could not be measured, all for one reason."""
+
+    names: tuple[str, ...]
     reason: str
 
 
@@ -30,8 +33,9 @@ class AuditSection(NamedTuple):
         sentences (`tuple[str, ...]`): what it says in plain words, in Markdown, escaped.
         rows (`tuple[Finding, ...]`): findings with a value, at most `MOST_ROWS`.
         num_left_out (`int`): findings with a value that are not in `rows`.
-        gaps (`tuple[Gap, ...]`): findings without one.
+        gaps (`tuple[Gap, ...]`): findings without one, by their reasons.
         law (`str`): what was sampled and scored.
+        confidence (`float`, *optional*): with which all certified findings hold together.
     """
 
     sentences: tuple[str, ...]
@@ -39,6 +43,7 @@ class AuditSection(NamedTuple):
     num_left_out: int
     gaps: tuple[Gap, ...]
     law: str
+    confidence: float | None
 
 
 def audit_section(report: AuditReport) -> AuditSection:
@@ -53,13 +58,16 @@ def audit_section(report: AuditReport) -> AuditSection:
         [`AuditSection`].
     """
     measured = [finding for finding in report.findings if finding.value is not None]
-    gaps = [Gap(finding.name, finding.detail) for finding in report.findings if finding.value is None]
+    gaps: dict[str, list[str]] = {}
+    for finding in [finding for finding in report.findings if finding.value is None][:MOST_ROWS]:
+        gaps.setdefault(finding.detail.removeprefix(_SAID_ALREADY), []).append(finding.name)
     return AuditSection(
         sentences=tuple(_sentences(report)),
         rows=tuple(measured[:MOST_ROWS]),
         num_left_out=max(0, len(measured) - MOST_ROWS),
-        gaps=tuple(gaps[:MOST_ROWS]),
+        gaps=tuple(Gap(tuple(names), reason) for reason, names in gaps.items()),
         law=", ".join(f"{name} {value}" for name, value in report.decoding.items()),
+        confidence=report.ledger.get("confidence"),
     )
 
 

@@ -16,6 +16,9 @@ from hf_imitate.hub_cards.facts import CardFacts, CardMetric, Paper, Sample, hub
 from hf_imitate.hub_cards.model_card import render_card
 
 FACTS_FILE, CARD_KEY = "imitation.json", "card"
+STALE_AUDITS = "stale_audits"
+"""Under `CARD_KEY`: the plan hashes of audits that were made of other weights than the folder's."""
+EARLIER_AUDIT = "An audit of earlier weights of this run is not shown: what it found was not found of these."
 MAX_FILE_BYTES = 16 * 2**20
 MAX_POINTS = 100
 """Points of one training curve that are kept."""
@@ -71,7 +74,7 @@ def read_facts(folder: str | Path, with_audit: bool = True) -> CardFacts:
         folder (`str` or `Path`):
             A trainer's `output_dir`, or a downloaded repository.
         with_audit (`bool`, *optional*, defaults to `True`):
-            Read `audit/`, too, where it is there.
+            Read `audit/`, too, where it is there and of these weights.
 
     Returns:
         [`CardFacts`].
@@ -101,11 +104,14 @@ def read_facts(folder: str | Path, with_audit: bool = True) -> CardFacts:
         if name in card:
             known[name] = _checked(card[name], kinds, f"card.{name}")
     known |= {name: _texts(card, name) for name in _LISTS if name in card}
+    if "limits" in known:  # said when the card is rendered, and only as long as it is true
+        known["limits"] = tuple(limit for limit in known["limits"] if limit != EARLIER_AUDIT)
     known["thinks_first"] = known.get("thinks_first", stored.get("objective") == "latent")
     if "generation" in card:
         known["generation"] = _plain_values(card, "generation")
     known |= _found(folder, card)
-    if with_audit and (folder / "audit" / "audit.json").is_file():
+    stale = _texts(card, STALE_AUDITS)
+    if with_audit and (folder / "audit" / "audit.json").is_file() and audit_hash(folder) not in stale:
         known["audit"] = AuditReport.load(folder / "audit")
         known["figures"] = _figures(folder)
     return CardFacts(
@@ -130,7 +136,7 @@ def write_card(folder: str | Path, with_audit: bool = True, **changes: Any) -> P
         folder (`str` or `Path`):
             A trainer's `output_dir`, or a downloaded repository; `imitation.json` is needed.
         with_audit (`bool`, *optional*, defaults to `True`):
-            Say what `audit/` says, where it is there.
+            Say what `audit/` says, where it is there and of these weights.
         changes:
             Fields of [`CardFacts`] that are known better, such as `license="mit"`; they are kept in `imitation.json`.
 
@@ -144,11 +150,40 @@ def write_card(folder: str | Path, with_audit: bool = True, **changes: Any) -> P
     facts = read_facts(folder, with_audit)
     if changes:
         facts = dataclasses.replace(facts, **changes)
-        stored = {**_read_json(folder / FACTS_FILE), CARD_KEY: facts_to_json(facts)}
+        stale = {STALE_AUDITS: list(stale_audits(folder))}
+        stored = {**_read_json(folder / FACTS_FILE), CARD_KEY: {**facts_to_json(facts), **stale}}
         write_facts(folder, stored)
+    if has_stale_audit(folder):
+        facts = dataclasses.replace(facts, limits=(*facts.limits, EARLIER_AUDIT))
     path = folder / "README.md"
     render_card(facts).save(str(path))
     return path
+
+
+def audit_hash(folder: Path) -> str | None:
+    """The plan hash of the audit in a repository, or `None` where there is none that can be read."""
+    file = folder / "audit" / "audit.json"
+    try:
+        plan_hash = _read_json(file).get("plan_hash") if file.is_file() else None
+    except ValueError:
+        return None
+    return plan_hash if isinstance(plan_hash, str) else None
+
+
+def stale_audits(folder: Path) -> tuple[str, ...]:
+    """
+    Plan hashes of audits that a repository says were made of other weights.
+
+    Raises:
+        ValueError: `imitation.json` is not what it should be.
+    """
+    file = folder / FACTS_FILE
+    return _texts(_part(_read_json(file), CARD_KEY, dict, {}), STALE_AUDITS) if file.is_file() else ()
+
+
+def has_stale_audit(folder: Path) -> bool:
+    """Whether `audit/` speaks of other weights than the repository's."""
+    return audit_hash(folder) in stale_audits(folder)
 
 
 def write_facts(folder: Path, stored: Mapping[str, Any]) -> None:

@@ -2,8 +2,10 @@
 
 import math
 import re
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined, Template
@@ -27,6 +29,9 @@ COMMON_TAGS = ("hf-imitate", "trl", "imitation-learning")
 MOST_SAMPLES, MOST_SAMPLE = 8, 1000
 """Samples a card shows, and characters of each."""
 
+# Begins a limit on the distinguisher's numbers, which says nothing where there are none.
+_OF_NUMBERS = "Numbers measured while training come from the distinguisher"
+
 _CAPTIONS = {
     "paired_accuracy.png": "How often freshly trained judges picked the human's answer, on questions new to them",
     "e_value.png": 'What a bettor against "no difference" won, question by question',
@@ -47,7 +52,8 @@ def render_card(facts: CardFacts) -> ModelCard:
     """
     audit = None if facts.audit is None else audit_section(facts.audit)
     samples = [(shortened(one.question, MOST_SAMPLE), shortened(one.answer, MOST_SAMPLE)) for one in facts.samples]
-    body = _template().render(facts=facts, audit=audit, samples=samples[:MOST_SAMPLES]).strip()
+    known = {"settings": _shown_settings(facts.settings), "limits": _shown_limits(facts)}
+    body = _template().render(facts=facts, audit=audit, samples=samples[:MOST_SAMPLES], **known).strip()
     return ModelCard(f"---\n{card_metadata(facts).to_yaml()}\n---\n\n{body}\n")
 
 
@@ -75,6 +81,24 @@ def card_metadata(facts: CardFacts) -> ModelCardData:
         pipeline_tag="text-generation",
         tags=[*COMMON_TAGS, *(_metadata(tag) for tag in facts.tags if tag not in COMMON_TAGS)],
     )
+
+
+def _shown_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as they took effect."""
+    shown = dict(settings)
+    if "distinguisher_learning_rate" in shown and shown["distinguisher_learning_rate"] is None:
+        rate = shown.get("learning_rate")
+        is_known = isinstance(rate, int | float) and not isinstance(rate, bool)
+        shown["distinguisher_learning_rate"] = f"{3 * rate:.4g}" if is_known else "3 x learning_rate"
+    steps = shown.get("max_steps")
+    if isinstance(steps, int) and steps > 0:
+        shown.pop("num_train_epochs", None)  # not what ended the run
+    return shown
+
+
+def _shown_limits(facts: CardFacts) -> list[str]:
+    has_number = any("distinguisher/" in name and metric.value is not None for name, metric in facts.metric_rows)
+    return [limit for limit in facts.limits if has_number or not limit.startswith(_OF_NUMBERS)]
 
 
 def _metadata(value: str) -> str:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from fnmatch import fnmatch
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
 
+from hf_imitate.hub_cards.card_file import FACTS_FILE, has_stale_audit
 from hf_imitate.hub_cards.facts import hub_id_or_none
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ _IGNORED_ANYWHERE = (
     "checkpoint-*",
     "training_args.bin",  # a pickle: loading it runs whatever code it holds
     "completions/*",  # sampled answers beside their questions
+    "cache/*",  # an audit's: sampled answers
     *_STATES,
     "ref/*",
     "runs/*",
@@ -41,13 +43,15 @@ IGNORED_FILES = (
     "*.pt",
     "*.pth",
     "*.pkl",
-    "audit/cache/*",  # sampled answers
     "*.parquet",  # an audit's scores, one row per question: never public unless somebody asks for it
+    "*.npz",  # the same, of a part of it
 )
 """Patterns of files a push leaves behind (`fnmatch` on the path inside the folder; `*` also matches `/`)."""
 
 AUDIT_FILES = ("*/audit.json", "*/audit.md", "*/plan.json", "*/power.json", "*/power.md", "*.png")
-"""Of `audit/`, only these are published: what else an audit leaves is numbers per question, or answers."""
+"""Of an audit's folder, only these are published: what else it leaves is numbers per question, or answers."""
+
+_MADE_BY_AUDITS = ("audit.json", "plan.json")
 
 RUN_FILES = (*_STATES, "_latent_state*")
 """What a checkpoint holds beyond the imitator, to go on from; pushed only beside it, to a private repository."""
@@ -147,14 +151,21 @@ def published_files(folder: Path, leave_out: Sequence[str] = ()) -> list[str]:
             Patterns beyond `IGNORED_FILES`.
 
     Returns:
-        `list[str]`: paths inside the folder, sorted.
+        `list[str]`: paths inside the folder, sorted; without an `audit/` that was made of other weights.
 
     Raises:
         ValueError: one of them is a link, which could publish a file of anywhere.
     """
     ignored = (*IGNORED_FILES, *leave_out)
-    names = [name for name in _files(folder) if not _matches(name, ignored)]
-    names = [name for name in names if not name.startswith("audit/") or _matches(name, AUDIT_FILES)]
+    found = _files(folder)
+    # Whoever audits may write anywhere; in the folder of the weights themselves the patterns above have to do.
+    audits = {
+        f"{PurePosixPath(name).parent}/" for name in found if name.endswith(tuple(f"/{n}" for n in _MADE_BY_AUDITS))
+    }
+    names = [name for name in found if not _matches(name, ignored)]
+    names = [name for name in names if not name.startswith(("audit/", *audits)) or _matches(name, AUDIT_FILES)]
+    if has_stale_audit(folder):
+        names = [name for name in names if not name.startswith("audit/")]
     for name in names:
         _check_no_link(folder, name)
     return names
@@ -175,20 +186,56 @@ def check_bases(folder: Path, files: Sequence[str], private: bool) -> None:
     Raises:
         ValueError: such an adapter would be public.
     """
-    for name in files:
-        if name.rpartition("/")[2] != "adapter_config.json":
-            continue
-        base = json.loads((folder / name).read_text(encoding="utf-8")).get("base_model_name_or_path")
-        if not base or hub_id_or_none(base) is not None:
-            continue
+    for name in local_bases(folder, files):
+        cure = (
+            "push plain weights: `hf-imitate card PATH --merge DIR`"
+            if (folder / "adapter_config.json").is_file()
+            else f"remove `{name.partition('/')[0]}/` and write the card again: `hf-imitate card PATH`"
+        )
         problem = (
             f"`base_model_name_or_path` in {name} is a local path, so whoever lacks that folder cannot load the "
-            "adapter. Push the base to the Hub and train from its id, or push plain weights: "
-            "`hf-imitate card PATH --merge DIR`."
+            f"adapter. Push the base to the Hub and train from its id, or {cure}."
         )
         if not private:
             raise ValueError(f"{problem} Nothing was pushed.")
         _warn_once(problem)
+
+
+def local_bases(folder: Path, files: Sequence[str]) -> list[str]:
+    """
+    Name the adapters' configs whose base is a local folder.
+
+    Args:
+        folder (`Path`):
+            The trainer's `output_dir`.
+        files (`Sequence[str]`):
+            Paths inside it.
+
+    Returns:
+        `list[str]`: those of `files` that are such a config.
+    """
+    bases = {name: _base_of(folder / name) for name in files if name.rpartition("/")[2] == "adapter_config.json"}
+    return [
+        name
+        for name, base in bases.items()
+        if base and (hub_id_or_none(base) is None or _is_the_local_base(base, folder))
+    ]
+
+
+def _base_of(file: Path) -> str | None:
+    return json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+
+
+def _is_the_local_base(base: str, folder: Path) -> bool:
+    """Whether `imitation.json` says that this base is a folder, though from here it looks like an id."""
+    facts = folder / FACTS_FILE
+    stored = json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {}
+    if stored.get("base_is_local") is not True:
+        return False
+    own = folder / "adapter_config.json"
+    if own.is_file():
+        return base == _base_of(own)
+    return PurePosixPath(base.replace("\\", "/")).name == stored.get("base_model")
 
 
 @cache

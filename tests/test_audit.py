@@ -165,6 +165,25 @@ def test_another_seed_row_or_weight_is_another_plan(audited, tiny_model_dir):
     assert len({*hashes, report.plan_hash}) == 7
 
 
+def test_a_judges_local_base_is_named_without_its_folders_and_two_of_one_name_are_two_plans(tiny_model_dir, tmp_path):
+    imitator = load(tiny_model_dir)
+
+    def plan(judge):
+        settings = {"base": None, "against": None, "checks": (), "law": ProcessedLaw(), "by": None, "confidence": 0.95}
+        settings |= {"known": {}, "seed": 0, "judges": run.named_judges([judge])}
+        return make_plan(imitator, imitator, rows(40), None, **settings)
+
+    (tmp_path / "secret" / "model").mkdir(parents=True)
+    paths = [str(tmp_path / "secret" / "model"), "/gone/secret/model", "../secret/model", "C:\\secret\\model"]
+    plans = [plan(f"lora:{path}") for path in paths]
+    assert len({one.hash for one in plans}) == len(paths)
+    for one in plans:
+        assert one.values["judges"]["lora"].startswith("lora:model (a local folder, sha256 ")
+        assert "secret" not in one.text
+    for name in ("lora", "surface", "lora:me/judge"):
+        assert list(plan(name).values["judges"].values()) == [name]
+
+
 def test_the_plan_is_written_before_any_answer_is_read(tiny_model_dir, tmp_path, monkeypatch):
     def stop(*arguments, **settings):
         assert (tmp_path / "plan.json").is_file()

@@ -6,12 +6,14 @@ import re
 import shutil
 
 import pytest
+import tiny_runs
 import torch
 from exact_runs import run
 from transformers import AutoModelForCausalLM
 
 from hf_imitate import Imitator, cli
 from hf_imitate.card_cli import merge
+from hf_imitate.hub_cards.push import check_bases, published_files
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +89,27 @@ def test_nothing_is_overwritten_and_nothing_plain_is_merged(folder, tmp_path, ca
     assert "plain weights already" in capsys.readouterr().err
     assert cli.main(["card", str(tmp_path / "nowhere")]) == 2
     assert "imitation.json" in capsys.readouterr().err
+
+
+def test_a_second_model_on_a_local_base_is_left_out_of_merged_weights_which_can_then_be_public(
+    tmp_path, tiny_model_dir, capsys
+):
+    trainer = tiny_runs.run(tmp_path, tiny_model_dir, max_steps=1, distinguisher_learning_rate=1e-2)
+    trainer.save_model()
+    source, plain = tmp_path / "run", tmp_path / "plain"
+    assert cli.main(["card", str(source), "--merge", str(plain)]) == 0
+    assert "Left out distinguisher/: it is an adapter on a local folder" in capsys.readouterr().out
+    card = " ".join((plain / "README.md").read_text().split())
+    assert "This repository holds no distinguisher." in card
+    assert "Its distinguisher was left out" in card
+    check_bases(plain, published_files(plain), private=False)
+    Imitator.from_pretrained(plain, device="cpu").answer(["Item 3:"], seed=0)
+
+
+def test_a_retrodictor_that_was_left_out_is_not_looked_for(folder, tmp_path):
+    (folder / "retrodictor").mkdir()
+    config = (folder / "adapter_config.json").read_text()
+    (folder / "retrodictor" / "adapter_config.json").write_text(config)
+    merge(folder, tmp_path / "plain")
+    assert not (tmp_path / "plain" / "retrodictor").exists()
+    assert json.loads((tmp_path / "plain" / "imitation.json").read_text())["has_retrodictor"] is False

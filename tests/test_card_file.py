@@ -3,18 +3,29 @@
 import dataclasses
 import json
 import math
-import os
 import shutil
+import threading
+from concurrent.futures import Future
 
 import pytest
+import torch
 from exact_runs import ANSWERS, make, run
 from test_model_card import HOSTILE, facts, filled, report
+from tiny_runs import make as make_game
 from tiny_runs import rows, train
 
-from hf_imitate.hub_cards.card_file import FACTS_FILE, MAX_POINTS, facts_to_json, read_facts, write_card, write_facts
+from hf_imitate.hub_cards.card_file import (
+    EARLIER_AUDIT,
+    FACTS_FILE,
+    MAX_POINTS,
+    facts_to_json,
+    read_facts,
+    write_card,
+    write_facts,
+)
 from hf_imitate.hub_cards.facts import CardMetric, Sample
 from hf_imitate.hub_cards.model_card import render_card
-from hf_imitate.trainers.imitator_saving import EARLIER_AUDIT
+from hf_imitate.hub_cards.push import published_files
 
 
 def store(folder, given, **changes):
@@ -174,30 +185,107 @@ def test_a_trainers_card_is_rendered_again_to_the_letter(trained, tmp_path):
     assert (folder / "README.md").read_text() == before
 
 
-def test_an_audit_of_these_weights_is_shown_and_one_of_earlier_weights_is_neither_shown_nor_pushed(
-    tmp_path, tiny_model_dir, monkeypatch
-):
-    left_out = []
-    monkeypatch.setattr(
-        "hf_imitate.trainers.imitator_saving.push_folder",
-        lambda *args, leave_out, **kwargs: left_out.append(leave_out),
-    )
+def test_an_audit_of_these_weights_is_shown_and_one_of_earlier_weights_stays_away(tmp_path, tiny_model_dir):
+    """Neither shown nor pushed: by the run, by `hf-imitate card`, in a new process or from a copy."""
     trainer = make(tmp_path, tiny_model_dir)
-    trainer.hub_model_id = "me/x"
-    train(trainer)
     folder = tmp_path / "run"
+    train(trainer)
+    trainer.save_model()
     (folder / "audit").mkdir(parents=True)
     report().save(folder / "audit")
-    now = trainer._trained_at + 1
-    os.utime(folder / "audit" / "audit.json", (now, now))
-    trainer.push_to_hub()
-    assert "`paired_accuracy/ngram`" in (folder / "README.md").read_text()
-    os.utime(folder / "audit" / "audit.json", (now - 2, now - 2))
-    trainer.push_to_hub()
+    trainer.save_model()
+    assert says_audit(folder) == (True, False)
+    assert "audit/audit.json" in published_files(folder)
+    train(trainer)
+    trainer.save_model()
+    assert says_audit(folder) == (False, True)
+    assert not [name for name in published_files(folder) if name.startswith("audit/")]
+
+    write_card(folder, license="mit")
+    assert says_audit(folder) == (False, True)
+    copied = shutil.copytree(folder, tmp_path / "copied", copy_function=shutil.copyfile)
+    write_card(copied, license="mit")
+    assert says_audit(copied) == (False, True)
+    later = make(tmp_path, folder)  # as a new process would
+    later.save_model()
+    assert says_audit(folder) == (False, True)
+
+    dataclasses.replace(report(), plan_hash="a new one").save(folder / "audit")
+    write_card(folder)
+    assert says_audit(folder) == (True, False)
+    later.save_model()
+    assert says_audit(folder) == (True, False)
+    with torch.no_grad():
+        next(later.model.parameters()).add_(0.01)
+    later.save_model()
+    assert says_audit(folder) == (False, True)
+
+
+def says_audit(folder) -> tuple[bool, bool]:
+    """Whether the card shows an audit's findings, and whether it speaks of an earlier one."""
     card = (folder / "README.md").read_text()
-    assert "`paired_accuracy/ngram`" not in card
-    assert EARLIER_AUDIT in " ".join(card.split())
-    assert left_out == [(), ("audit/*",)]
+    assert ("model-index" in card) == ("`paired_accuracy/ngram`" in card)
+    return "model-index" in card, EARLIER_AUDIT in " ".join(card.split())
+
+
+def test_an_audit_of_a_model_before_its_training_is_not_shown_beside_what_was_trained(tmp_path, tiny_model_dir):
+    trainer = make(tmp_path, tiny_model_dir)
+    (tmp_path / "run" / "audit").mkdir(parents=True)
+    report().save(tmp_path / "run" / "audit")
+    train(trainer)
+    trainer.save_model()
+    assert says_audit(tmp_path / "run") == (False, True)
+
+
+def test_an_audit_of_weights_that_a_training_left_as_they_were_stays(tmp_path, tiny_model_dir):
+    trainer = make(tmp_path, tiny_model_dir, learning_rate=1e-60)  # too small for any weight to change
+    trainer.save_model()
+    (tmp_path / "run" / "audit").mkdir()
+    report().save(tmp_path / "run" / "audit")
+    train(trainer)
+    trainer.create_model_card()
+    assert says_audit(tmp_path / "run") == (False, True)
+    trainer.save_model()
+    assert says_audit(tmp_path / "run") == (True, False)
+
+
+def test_the_word_of_an_earlier_audit_is_not_kept_among_the_limits(tmp_path):
+    folder = store(tmp_path / "repo", facts(limits=("mine", EARLIER_AUDIT)))
+    assert read_facts(folder).limits == ("mine",)
+
+
+@pytest.mark.parametrize("given", [None, True, False])
+def test_a_repo_is_private_unless_that_is_refused(tmp_path, tiny_model_dir, monkeypatch, given):
+    seen = []
+    monkeypatch.setattr("transformers.Trainer.init_hf_repo", lambda self, token, private: seen.append(private))
+    monkeypatch.setattr(
+        "hf_imitate.trainers.imitator_saving.push_folder", lambda *a, private, **k: seen.append(private)
+    )
+    trainer = make(tmp_path, tiny_model_dir)
+    trainer.args.hub_private_repo = given
+    trainer.push_to_hub()
+    trainer.init_hf_repo()
+    assert seen == [given is not False] * 3
+
+
+def test_nothing_is_rewritten_while_a_push_in_the_background_reads_it(tmp_path, tiny_model_dir, monkeypatch):
+    pushed: Future = Future()
+    monkeypatch.setattr("hf_imitate.trainers.imitator_saving.push_folder", lambda *args, **kwargs: pushed)
+    trainer = make(tmp_path, tiny_model_dir)
+    trainer.hub_model_id = "me/x"
+    assert trainer.push_to_hub(blocking=False) is pushed
+    assert trainer.push_in_progress.jobs == [pushed]
+    card = tmp_path / "run" / "README.md"
+    for change in (trainer.create_model_card, trainer.save_model):
+        card.write_text("being read")
+        trainer._push_of_output = pushed = Future()
+        running = threading.Thread(target=change)
+        running.start()
+        running.join(0.3)
+        assert (running.is_alive(), card.read_text()) == (True, "being read")
+        pushed.set_result(None)
+        running.join()
+        assert card.read_text() != "being read"
 
 
 def test_an_audit_that_cannot_be_read_costs_the_card_its_audit_and_nothing_else(tmp_path, tiny_model_dir, caplog):
@@ -212,5 +300,14 @@ def test_an_audit_that_cannot_be_read_costs_the_card_its_audit_and_nothing_else(
 def test_an_adapter_on_a_local_base_cannot_be_trained_towards_a_public_push(tmp_path, tiny_model_dir):
     trainer = make(tmp_path, tiny_model_dir, adapter=True)
     trainer.args.push_to_hub, trainer.args.hub_private_repo = True, False
-    with pytest.raises(ValueError, match="its base is a local folder that nobody else has"):
+    with pytest.raises(ValueError, match=r"its base is a local folder that nobody else has.*or train all weights"):
         trainer.train()
+
+
+@pytest.mark.parametrize(("full", "cure"), [(True, "delete the second model's folder"), (False, "--merge NEW")])
+def test_a_second_model_on_a_local_base_is_refused_before_training_too(tmp_path, tiny_model_dir, full, cure):
+    trainer = make_game(tmp_path, tiny_model_dir, full=full)
+    trainer.args.push_to_hub, trainer.args.hub_private_repo = True, False
+    with pytest.raises(ValueError, match=f"its base is a local folder that nobody else has.*{cure}"):
+        trainer.train()
+    assert trainer.state.global_step == 0

@@ -108,7 +108,7 @@ def report(name="ngram", check="is_short", words="held-out answers, 600 rows", r
         Finding(f"power_control/{name}", None, "probability", detail="it noticed none"),
     )
     judges = {name: {"p": 0.2, "p_holm": 0.5}}
-    ledger = {"confidence": 0.95, "certified": {"tv_lower": 0.01}, "judges": judges}
+    ledger = {"confidence": 0.9, "certified": {"tv_lower": 0.01}, "judges": judges}
     return AuditReport(findings, words, words, words, words, 0, ledger, 600, {"law": words})
 
 
@@ -288,6 +288,7 @@ def test_the_card_says_what_the_audit_found_and_what_it_could_not_see():
         "hidden_deviation was not measured: needs `human_entropy`",
         "power_control/ngram was not measured: it noticed none",
         "it says who could not tell, on how many questions, and never that nobody could",
+        "hold without approximation, and all of them together with confidence 0.9; the others",
     ):
         assert sentence in " ".join(shown.split())
     assert "| `bits_per_answer` | infinite | bits | 31.25 to infinite | 0.95 | 600 | no |" in card
@@ -295,6 +296,46 @@ def test_the_card_says_what_the_audit_found_and_what_it_could_not_see():
     assert "| `length_ratio` | 1.062 | ratio | not stated | not stated | not stated | no |" in card
     assert "(audit/losses.png)" in card
     assert "img" in page(card).tags
+
+
+def test_what_was_not_measured_for_one_reason_is_said_once():
+    few = "too few rows to train a judge"
+    gaps = [
+        Finding(f"{kind}/ngram", None, "probability", detail=f"Not measured: {few}") for kind in ("tv", "accuracy")
+    ]
+    gaps.append(Finding("copying", None, "ratio", detail="no training answers"))
+    card = render_card(facts(audit=dataclasses.replace(report(), findings=tuple(gaps)))).text
+    assert f"- `tv/ngram`, `accuracy/ngram` were not measured: {few}\n" in card
+    assert "- `copying` was not measured: no training answers\n" in card
+    assert card.count("ot measured: too few") == 1
+
+
+def test_settings_are_shown_as_they_took_effect():
+    rates = {"distinguisher_learning_rate": None, "learning_rate": 1e-5}
+    text = render_card(facts(settings={**rates, "max_steps": 7, "num_train_epochs": 3.0})).text
+    assert "| `distinguisher_learning_rate` | `3e-05` |" in text
+    assert "num_train_epochs" not in text
+    text = render_card(
+        facts(settings={"distinguisher_learning_rate": None, "max_steps": -1, "num_train_epochs": 3})
+    ).text
+    assert "| `distinguisher_learning_rate` | `3 x learning_rate` |" in text
+    assert "| `num_train_epochs` | `3` |" in text
+    assert (
+        "| `distinguisher_learning_rate` | `0.5` |"
+        in render_card(facts(settings={**rates, "distinguisher_learning_rate": 0.5})).text
+    )
+
+
+def test_a_run_that_measured_nothing_held_out_says_so_and_warns_of_no_number():
+    limit = "Numbers measured while training come from the distinguisher the imitator was trained against."
+    silent = render_card(facts(metrics={}, limits=(limit, "mine"))).text
+    assert "## Measurements\n\nNo held-out measurement was made while training." in silent
+    assert limit not in silent
+    assert "- mine" in silent
+    own = {"eval_retrodiction/bits_per_answer": CardMetric(1.0, "bits")}
+    assert limit not in render_card(facts(metrics=own, limits=(limit,))).text
+    own["distinguisher/accuracy_heldout"] = CardMetric(0.5, "probability")
+    assert limit in render_card(facts(metrics=own, limits=(limit,))).text
 
 
 @pytest.mark.parametrize(

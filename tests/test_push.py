@@ -46,6 +46,11 @@ LEFT_BEHIND = [
     "audit/cache/answers.parquet",
     "audit/by_person.parquet",
     "audit/cache/0123abcd/evidence.json",
+    "audit_resampled/cache/0123abcd/answer-human.json",
+    "Audit2/x/cache/0123abcd/answer-imitator.json",
+    "cache/0123abcd/answer-human.json",
+    "Audit2/x/scores-human-0000000.npz",
+    "power_control.npz",
     "ref/adapter_model.safetensors",
     "runs/events.out.tfevents.1",
     "logs/log.txt",
@@ -203,6 +208,35 @@ def test_of_an_audit_only_its_report_and_its_figures_are_published(output_dir):
     assert found == {f"audit/{name}" for name in kept}
 
 
+@pytest.mark.parametrize("place", ["audit_resampled", "Audit2/x", "audit"])
+def test_of_an_audit_anywhere_only_its_report_is_published(output_dir, place):
+    (output_dir / place).mkdir(parents=True, exist_ok=True)
+    for name in ("audit.json", "plan.json", "power_control.json", "by_question.csv"):
+        (output_dir / place / name).write_text("{}")
+    found = {name.removeprefix(f"{place}/") for name in published_files(output_dir) if name.startswith(place)}
+    assert found == {"audit.json", "plan.json"} | ({"judges.png"} if place == "audit" else set())
+
+
+def test_an_audit_that_was_killed_before_its_report_is_still_known_by_its_plan(output_dir):
+    (output_dir / "second").mkdir()
+    for name in ("plan.json", "power_control.json"):
+        (output_dir / "second" / name).write_text("{}")
+    assert [name for name in published_files(output_dir) if name.startswith("second/")] == ["second/plan.json"]
+
+
+def test_an_audit_in_the_folder_of_the_weights_keeps_no_weights_back(output_dir):
+    (output_dir / "audit.json").write_text("{}")
+    assert set(published_files(output_dir)) == {*PUBLISHED, "audit.json"}
+
+
+def test_an_audit_of_other_weights_is_not_published(output_dir):
+    (output_dir / "audit" / "audit.json").write_text('{"plan_hash": "old"}')
+    (output_dir / "imitation.json").write_text('{"card": {"stale_audits": ["old"]}}')
+    assert set(published_files(output_dir)) == {name for name in PUBLISHED if not name.startswith("audit/")}
+    (output_dir / "audit" / "audit.json").write_text('{"plan_hash": "new"}')
+    assert set(published_files(output_dir)) == set(PUBLISHED)
+
+
 def test_a_folder_that_is_none_is_said_before_anything_is_created(tmp_path):
     with pytest.raises(FileNotFoundError, match="not a directory"):
         push_folder(tmp_path / "missing", "me/me-imitator")
@@ -343,3 +377,15 @@ def test_a_local_base_is_never_published_unnoticed(output_dir, tmp_path, caplog)
     config["base_model_name_or_path"] = "me/base"
     (output_dir / "distinguisher" / "adapter_config.json").write_text(json.dumps(config))
     check_bases(output_dir, files, private=False)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "distinguisher/adapter_config.json"])
+def test_a_base_that_was_a_folder_while_training_is_local_wherever_the_push_is_made(output_dir, name):
+    """A relative path looks like an id of the Hub where the folder is not."""
+    (output_dir / name).write_text('{"base_model_name_or_path": "runs/base"}')
+    (output_dir / "imitation.json").write_text('{"base_model": "base", "base_is_local": true}')
+    cure = "--merge DIR" if name == "adapter_config.json" else "remove `distinguisher/` and write the card again"
+    with pytest.raises(ValueError, match=f"is a local path.*{cure}"):
+        check_bases(output_dir, [name], private=False)
+    (output_dir / "imitation.json").write_text('{"base_model": "runs/base", "base_is_local": false}')
+    check_bases(output_dir, [name], private=False)

@@ -4,8 +4,10 @@ import builtins
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hf_imitate import Distinguisher, Imitator
+from hf_imitate.causal_lm import commit_of
 from hf_imitate.hub_cards.card_file import read_facts
 from hf_imitate.repo_checks import MAX_JSON_BYTES, UnsafeRepoError, check_repo, read_object
 
@@ -82,6 +85,7 @@ def test_an_honest_repo_passes(repo, full_repo):
     assert Imitator.from_pretrained(repo, device="cpu").max_new_tokens == 8
 
 
+HANGS = r"((\w+\.?)+)+!"
 HOSTILE = [
     ("imitation.json", {"max_answer_tokens": 10**18}, "`max_answer_tokens` is no number of tokens"),
     ("imitation.json", {"max_answer_tokens": "9" * 100_000}, "`max_answer_tokens` is a str"),
@@ -111,6 +115,19 @@ HOSTILE = [
     ("config.json", {"attn_implementation": {"": "evil/kernel"}}, "names a repo with code"),
     ("config.json", {"transformers_weights": "../x.safetensors"}, "`transformers_weights` is no file"),
     ("config.json", {"num_hidden_layers": 10**9}, "`num_hidden_layers` is larger"),
+    ("config.json", {"num_local_experts": 10**9}, "`num_local_experts` is larger"),
+    ("config.json", {"num_labels": 10**9}, "`num_labels` is larger"),
+    ("config.json", {"configuration_files": ["config.4.0.0.json"]}, "leads to another file"),
+    ("adapter_config.json", {"target_modules": HANGS}, "`target_modules` is neither"),
+    ("adapter_config.json", {"exclude_modules": HANGS}, "`exclude_modules` is neither"),
+    ("adapter_config.json", {"layers_pattern": HANGS}, "`layers_pattern` is neither"),
+    ("adapter_config.json", {"modules_to_save": [HANGS]}, "`modules_to_save` is neither"),
+    ("adapter_config.json", {"rank_pattern": {HANGS: 4}}, "`rank_pattern` is neither"),
+    ("adapter_config.json", {"alpha_pattern": {HANGS: 4}}, "`alpha_pattern` is neither"),
+    ("adapter_config.json", {"alpha_pattern": {str(i): 4 for i in range(5000)}}, "more modules than any model"),
+    ("adapter_config.json", {"layer_replication": [[0, 2]] * 65}, "`layer_replication` is no list"),
+    ("adapter_config.json", {"layer_replication": [[0, 10**9]]}, "`layer_replication` is no list"),
+    ("adapter_config.json", {"layer_replication": [[0, 4000], [0, 4000]]}, "`layer_replication` is no list"),
 ]
 
 
@@ -142,6 +159,152 @@ def test_a_kernel_in_the_base_of_an_adapter_is_refused_too(repo, full_repo):
     change(repo, "adapter_config.json", base_model_name_or_path=str(full_repo))
     with pytest.raises(UnsafeRepoError, match="names a repo with code"):
         Imitator.from_pretrained(repo, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        HANGS,
+        r"(a|a)*!",
+        r"(?:\w|[\w])+!",
+        r".*.*.*.*.*.*!",
+        r"\w?" * 30 + "!",
+        r"(\w|\w)" * 30 + "!",
+        r"[^]+)]*(\w+)+!",
+        "(" * 400 + "a" + ")" * 400 + "+",
+        "a" * 1001 + "*",
+        "(",
+        "a{1,9}",
+    ],
+)
+def test_a_regular_expression_that_may_not_end_is_refused(repo, pattern):
+    change(repo, "adapter_config.json", target_modules=pattern)
+    with pytest.raises(UnsafeRepoError, match="`target_modules`"):
+        check_repo(repo)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "all-linear",
+        r".*\.(q_proj|v_proj)",
+        r".*decoder.*(SelfAttention|EncDecAttention).*(q|v)$",
+        r"^(?!.*visual).*(?:q_proj|k_proj|v_proj|o_proj)$",
+        r"model\.layers\.[\d]+\.mlp\.(up|down)_proj",
+    ],
+)
+def test_a_regular_expression_as_they_are_written_passes_and_soon_ends(repo, pattern):
+    change(repo, "adapter_config.json", target_modules=pattern, rank_pattern={r"layers.0.mlp": 2})
+    check_repo(repo)
+    name = "model.layers.31." + "x.q.decoder_proj." * 3 + "!"
+    started = time.process_time()
+    re.fullmatch(pattern, name)
+    assert time.process_time() - started < 0.5
+
+
+@pytest.fixture
+def with_base(repo, tiny_model_dir):
+    """A function that puts the adapter, and a distinguisher's beside it, on another base."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_model_dir / name, repo / "distinguisher")
+    change(repo / "distinguisher", "checks.json", chat_template_kwargs={}, end_token_ids=[0])
+
+    def put(base: str | Path) -> Path:
+        for part in (repo, repo / "distinguisher"):
+            for file in ("adapter_config.json", "adapter_model.safetensors"):
+                if part != repo:
+                    shutil.copy(repo / file, part / file)
+            change(part, "adapter_config.json", base_model_name_or_path=str(base))
+        return repo
+
+    return put
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """A function that puts a folder into an empty Hub cache, under a name; no network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def put(folder: Path, name: str, commit: str = "c" * 40) -> Path:
+        repo = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        shutil.copytree(folder, repo / "snapshots" / commit)
+        (repo / "refs").mkdir()
+        (repo / "refs" / "main").write_text(commit)
+        return repo / "snapshots" / commit
+
+    return put
+
+
+LOADS = [lambda repo: Imitator.from_pretrained(repo, device="cpu"), lambda repo: Distinguisher.from_pretrained(repo)]
+
+
+@pytest.mark.parametrize("load", LOADS, ids=["imitator", "distinguisher"])
+@pytest.mark.parametrize("place", ["folder", "hub"])
+def test_a_base_that_leads_on_to_another_base_is_refused(with_base, full_repo, hub_cache, tmp_path, load, place):
+    deep = shutil.copytree(full_repo, tmp_path / "deep")
+    change(deep, "config.json", attn_implementation="evil/kernel")
+    change(full_repo, "adapter_config.json", base_model_name_or_path=str(deep), peft_type="LORA")
+    base = str(full_repo)
+    if place == "hub":
+        hub_cache(full_repo, "me/base")
+        base = "me/base"
+    with pytest.raises(UnsafeRepoError, match="would lead on to another base"):
+        load(with_base(base))
+
+
+@pytest.mark.parametrize("load", LOADS, ids=["imitator", "distinguisher"])
+def test_the_small_files_of_a_base_are_read_as_those_of_a_repo(with_base, full_repo, load):
+    change(full_repo, "tokenizer_config.json", tokenizer_file="/etc/hostname")
+    with pytest.raises(UnsafeRepoError, match="`tokenizer_file` is no file of this folder"):
+        load(with_base(full_repo))
+
+
+def test_a_base_of_the_hub_keeps_its_name_and_is_loaded_at_the_commit_that_was_read(
+    with_base, full_repo, hub_cache, monkeypatch
+):
+    hub_cache(full_repo, "me/base")
+    asked = []
+    load = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kw: (asked.append(kw), load(**kw))[1])
+    imitator = Imitator.from_pretrained(with_base("me/base"), device="cpu")
+    assert [(kw["pretrained_model_name_or_path"], kw["revision"]) for kw in asked] == [("me/base", "c" * 40)]
+    assert imitator.model.get_base_model().config._name_or_path == "me/base"
+    adapter = imitator.model.peft_config["default"]
+    assert (adapter.base_model_name_or_path, adapter.revision) == ("me/base", None)
+    assert commit_of("me/base") == "c" * 40
+
+
+def test_full_weights_beside_an_adapters_config_do_not_lead_on(full_repo):
+    change(full_repo, "adapter_config.json", base_model_name_or_path="me/deep", peft_type="LORA")
+    with pytest.raises(UnsafeRepoError, match="would lead on to another base"):
+        Imitator.from_pretrained(full_repo, device="cpu")
+
+
+@pytest.mark.parametrize("size", [2**33, 2**40], ids=["a terabyte", "more than can be counted"])
+@pytest.mark.parametrize("kind", ["full", "base", "classifier", "classifier's base"])
+def test_weights_that_are_not_stored_are_not_made_up(with_base, full_repo, kind, size):
+    weights = load_file(full_repo / "model.safetensors")
+    save_file({name: weights[name] for name in weights if ".mlp." not in name}, full_repo / "model.safetensors")
+    fields = {"intermediate_size": size, "hidden_size": 2**14 if size > 2**33 else 2**7, "vocab_size": 8}
+    change(full_repo, "config.json", **fields)
+    change(full_repo, "checks.json", checks={}, max_answer_tokens=8, chat_template_kwargs={}, end_token_ids=[0])
+    if "base" in kind:
+        full_repo = with_base(full_repo)
+    with pytest.raises(UnsafeRepoError, match=r"more weights than the files|no such model can be built"):
+        LOADS["classifier" in kind](full_repo)
+
+
+def test_what_is_nested_too_deeply_or_too_large_for_a_number_is_refused_by_name(full_repo):
+    for deep in ("[" * 900 + "]" * 900, '{"a":' * 64 + "1" + "}" * 64, "[" * 64 + "]" * 64):
+        (full_repo / "config.json").write_text('{"x": ' + deep + "}")
+        with pytest.raises(UnsafeRepoError, match=r"config\.json is nested more than 64 deep"):
+            check_repo(full_repo)
+    (full_repo / "config.json").write_text('{"x": ' + "[" * 63 + "]" * 63 + "}")
+    check_repo(full_repo)
+    (full_repo / "config.json").write_text('{"rope_theta": 1e999}')
+    with pytest.raises(UnsafeRepoError, match=r"config\.json is not valid JSON"):
+        check_repo(full_repo)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "7", '{"a": NaN}', "[" * 100_000, "\xff"])

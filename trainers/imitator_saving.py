@@ -1,9 +1,9 @@
 """What every run leaves behind: the imitator's repo, its card, its push, and the checkpoint to go on from."""
 
 import dataclasses
+import hashlib
 import logging
 import os
-import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,15 @@ from transformers.training_args import HubStrategy
 from transformers.utils import PushInProgress
 
 from hf_imitate.causal_lm import commit_of, hub_checkpoint
-from hf_imitate.hub_cards.card_file import CARD_KEY, facts_to_json, write_card, write_facts
+from hf_imitate.hub_cards.card_file import (
+    CARD_KEY,
+    STALE_AUDITS,
+    audit_hash,
+    facts_to_json,
+    stale_audits,
+    write_card,
+    write_facts,
+)
 from hf_imitate.hub_cards.facts import CardFacts, Paper, hub_id_or_none
 from hf_imitate.hub_cards.push import push_folder
 from hf_imitate.trainers.checkpoints import LAST_WRITTEN, checkpoint_to_resume, is_whole, withdraw
@@ -24,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 # Logged numbers whose course the card shows: the loss, and those the guide defines.
 CURVES = ("distinguisher/", "answers/", "checks/", "retrodiction/", "thoughts/")
-EARLIER_AUDIT = "An audit of earlier weights of this run is not shown: what it found was not found of these."
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 
@@ -39,9 +46,8 @@ class ImitatorSaving:
     def __init__(self, *args, **kwargs):
         self._pushes = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push")
         self._step_of_weights: int | None = None  # of the best checkpoint, once it was loaded
-        self._trained_at: float | None = (
-            None  # when the weights changed last; seconds of the clock that files are dated by
-        )
+        self._audits_in_doubt: set[str] = set()  # plan hashes of those that lay there before a training
+        self._push_of_output: Any = None  # a `Future`, while a thread reads the output folder
         self._said: dict[str, Any] = {}  # what `create_model_card` was told: a later save says it, too
         super().__init__(*args, **kwargs)
 
@@ -65,7 +71,7 @@ class ImitatorSaving:
         Raises:
             FileNotFoundError: the repo holds no checkpoint.
             ValueError: there is no complete checkpoint, or the one that was named is not whole; or the run would push,
-                for everybody, an adapter whose base is a local folder.
+                for everybody, an adapter whose base is a local folder, be it the imitator's or a second model's.
         """
         if self.args.push_to_hub:
             self._check_base_can_be_pushed()
@@ -76,17 +82,37 @@ class ImitatorSaving:
         if resume_from_checkpoint:
             self.check_checkpoint(resume_from_checkpoint)
         self._step_of_weights = None
+        self._note_audit()
         try:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
-            self._trained_at = time.time()
+            self._note_audit()
+
+    def _note_audit(self) -> None:
+        """Remember that the audit in the run's folder was made before the weights that come now."""
+        folder = Path(self.args.output_dir)
+        found = audit_hash(folder)
+        if found is not None and found not in self._stored_stale_audits(folder):
+            self._audits_in_doubt.add(found)
 
     def _check_base_can_be_pushed(self) -> None:
-        name = self.model.config._name_or_path
-        if isinstance(self.model, PeftModel) and hub_id_or_none(name) is None and self.args.hub_private_repo is False:
+        published = self.published_models()
+        is_local = [
+            isinstance(model, PeftModel) and hub_id_or_none(model.config._name_or_path) is None for model in published
+        ]
+        if any(is_local) and self.args.hub_private_repo is False:
+            whose = "The adapter" if is_local[0] else "The adapter of the imitator's second model"
+            # A second model is an adapter even where the imitator is none.
+            other = (
+                "train all weights"
+                if len(published) == 1
+                else "set `push_to_hub=False` and push what `hf-imitate card DIR --merge NEW` writes"
+                if is_local[0]
+                else "set `push_to_hub=False`, delete the second model's folder after training and push then"
+            )
             raise ValueError(
-                "The adapter would be pushed for everybody, and its base is a local folder that nobody else has. Push "
-                "the base to the Hub and train from its id, set `hub_private_repo=True`, or train all weights."
+                f"{whose} would be pushed for everybody, and its base is a local folder that nobody else has. Push "
+                f"the base to the Hub and train from its id, set `hub_private_repo=True`, or {other}."
             )
 
     def checkpoint_to_resume(self) -> Path:
@@ -133,17 +159,41 @@ class ImitatorSaving:
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the imitator as it is published: its weights, its law and how it was made."""
         folder = Path(output_dir or self.args.output_dir)
+        self._wait_for_push(folder)
         if _internal_call and withdraw(folder, self.accelerator.process_index):
             self.accelerator.wait_for_everyone()
         self._name_base_revisions()
+        audited = self._audited_weights(folder)
         super().save_model(str(folder), _internal_call=True)
         if self.args.should_save:
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and full of local paths
             self.save_beside(folder)
             self.trained_law().save_pretrained(str(folder))
-            self._write_card(folder)
+            self._write_card(folder, self._audits_of_others(folder, audited))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")
+
+    def _audited_weights(self, folder: Path) -> str | None:
+        """A hash of the weights in a folder that holds an audit; `None` where either is missing."""
+        files = sorted(folder.glob("*.safetensors"))
+        if not self.args.should_save or not files or audit_hash(folder) is None:
+            return None
+        digest = hashlib.blake2b(digest_size=32)
+        for file in files:
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "blake2b").digest())
+        return digest.hexdigest()
+
+    def _audits_of_others(self, folder: Path, audited: str | None) -> set[str]:
+        """The audits that were not made of the weights just saved; before, their hash was `audited`."""
+        stored, in_doubt = self._stored_stale_audits(folder), self._audits_in_doubt
+        if folder.resolve() == Path(self.args.output_dir).resolve():
+            self._audits_in_doubt = set()  # answered, and from here on in the file
+        if audited is None:
+            return stored | in_doubt
+        # Such as those of an imitator that was frozen while its distinguisher learned.
+        is_same = audited == self._audited_weights(folder)
+        return stored - in_doubt if is_same else stored | in_doubt | {audit_hash(folder) or ""}
 
     def save_beside(self, folder: Path) -> None:
         """Save what a repo holds beside the imitator; the first process alone is asked."""
@@ -203,9 +253,11 @@ class ImitatorSaving:
         """Write README.md: the card of what this run measured, and of the audit in its folder."""
         self._said = {"model_name": model_name, "dataset_name": dataset_name, "tags": tags}
         if self.is_world_process_zero():
-            self._write_card(Path(self.args.output_dir))
+            folder = Path(self.args.output_dir)
+            self._wait_for_push(folder)
+            self._write_card(folder, self._stored_stale_audits(folder) | self._audits_in_doubt)
 
-    def _write_card(self, folder: Path) -> None:
+    def _write_card(self, folder: Path, of_others: set[str]) -> None:
         tags = self._said.get("tags")
         tags = [tags] if isinstance(tags, str) else list(tags or [])
         facts = dataclasses.replace(
@@ -213,20 +265,31 @@ class ImitatorSaving:
             tags=tuple(dict.fromkeys([*self._tag_names, *tags])),
             curves=self.training_curves(),
         )
-        is_shown = not self._audit_is_of_others(folder)
-        if not is_shown:
-            facts = dataclasses.replace(facts, limits=(*facts.limits, EARLIER_AUDIT))
-        write_facts(folder, {**self.imitation_facts(), CARD_KEY: facts_to_json(facts)})
+        # Kept in the file: the next process that writes or pushes this card knows nothing of this run.
+        stale = {STALE_AUDITS: sorted(of_others)}
+        write_facts(folder, {**self.imitation_facts(), CARD_KEY: {**facts_to_json(facts), **stale}})
         try:
-            write_card(folder, with_audit=is_shown)
+            write_card(folder)
         except ValueError as error:  # the audit's file is not ours; weights are never lost for it
             logger.warning("The card says nothing of the audit in %s: %s", folder, error)
             write_card(folder, with_audit=False)
 
-    def _audit_is_of_others(self, folder: Path) -> bool:
-        """Whether the audit in a folder was made before these weights were trained."""
-        file = folder / "audit" / "audit.json"
-        return self._trained_at is not None and file.is_file() and file.stat().st_mtime < self._trained_at
+    def _stored_stale_audits(self, folder: Path) -> set[str]:
+        try:
+            return set(stale_audits(folder))
+        except ValueError:  # a file that is no longer whole is written anew
+            return set()
+
+    def _wait_for_push(self, folder: Path) -> None:
+        """Change nothing in the output folder while a thread reads it."""
+        if self._push_of_output is not None and folder.resolve() == Path(self.args.output_dir).resolve():
+            wait([self._push_of_output])
+            self._push_of_output = None
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """As in transformers; what is not said is private."""
+        private = self.args.hub_private_repo if private is None else private
+        super().init_hf_repo(token=token, private=private is not False)
 
     def push_to_hub(
         self,
@@ -253,8 +316,7 @@ class ImitatorSaving:
         kwargs.setdefault("model_name", (self.hub_model_id or self.args.output_dir).split("/")[-1])
         self.create_model_card(**kwargs)
         self._finish_current_push()
-        is_of_others = self._audit_is_of_others(Path(self.args.output_dir))
-        return push_folder(
+        pushed = push_folder(
             self.args.output_dir,
             self.hub_model_id,
             private=private is not False,
@@ -262,8 +324,11 @@ class ImitatorSaving:
             revision=revision or self.args.hub_revision,
             commit_message=commit_message or "End of training",
             run_as_future=not blocking,
-            leave_out=("audit/*",) if is_of_others else (),
         )
+        if not blocking:
+            self._push_of_output = pushed
+            self._register_push(pushed)
+        return pushed
 
     def _push_from_checkpoint(self, checkpoint_folder):
         # A checkpoint holds the whole repo already; TRL's own would copy the imitator's files alone, and push the rest
@@ -287,8 +352,12 @@ class ImitatorSaving:
         )
         if self.args.save_total_limit is not None:
             wait([push])  # before the folder is deleted to make room
-        earlier = self.push_in_progress.jobs if self.push_in_progress is not None else []
-        self.push_in_progress = PushInProgress([*(job for job in earlier if not job.done()), push])
+        self._register_push(push)
+
+    def _register_push(self, push: Any) -> None:
+        earlier = getattr(self, "push_in_progress", None)
+        jobs = [] if earlier is None else [job for job in earlier.jobs if not job.done()]
+        self.push_in_progress = PushInProgress([*jobs, push])
 
     def _checkpoint_name(self, folder: str) -> str | None:
         """Where in the repo a checkpoint is kept to go on from, as `hub_strategy` says."""

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,7 +83,7 @@ def make_plan(
         "base": None if base is None else name_of(base),
         "against": None if against is None else name_of(against),
         "checks": list(checks),
-        "judges": {name: judge if isinstance(judge, str) else "callable" for name, judge in judges.items()},
+        "judges": {name: _judge_in_words(judge) for name, judge in judges.items()},
         "decoding": {"law": law.describe(), **law.settings, "max_new_tokens": imitator.max_new_tokens, **chosen_by},
         "by": by,
         "known": dict(known),
@@ -190,6 +190,18 @@ def name_of(model: Any) -> str:
         inner = getattr(model, "model", model) if isinstance(model, Imitator) else model
         name = getattr(getattr(inner, "config", None), "_name_or_path", "") or type(inner).__name__
     return Path(name).resolve().name if Path(name).exists() or Path(name).is_absolute() else name
+
+
+def _judge_in_words(judge: Any) -> str:
+    """A judge without the folder its base lies in, whose hash still tells two folders of one name apart."""
+    if not isinstance(judge, str):
+        return "callable"
+    body = judge.removeprefix("lora:")
+    looks_local = body.startswith((".", "~", "/")) or "\\" in body or body.count("/") > 1
+    if body == judge or not (looks_local or Path(body).exists()):
+        return judge
+    last = PurePosixPath(name_of(body).replace("\\", "/")).name
+    return f"lora:{last} (a local folder, sha256 {hashlib.sha256(body.encode()).hexdigest()[:32]})"
 
 
 def _jsonable(value: Any) -> Any:
