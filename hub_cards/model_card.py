@@ -88,8 +88,8 @@ def _shown_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     shown = dict(settings)
     if "distinguisher_learning_rate" in shown and shown["distinguisher_learning_rate"] is None:
         rate = shown.get("learning_rate")
-        is_known = isinstance(rate, int | float) and not isinstance(rate, bool)
-        shown["distinguisher_learning_rate"] = f"{3 * rate:.4g}" if is_known else "3 x learning_rate"
+        known = isinstance(rate, int | float) and not isinstance(rate, bool)
+        shown["distinguisher_learning_rate"] = f"{3 * float(rate):.4g}" if known and rate else "3 x learning_rate"
     steps = shown.get("max_steps")
     if isinstance(steps, int) and steps > 0:
         shown.pop("num_train_epochs", None)  # not what ended the run
