@@ -228,6 +228,7 @@ OVERRIDES = {
     "train": Trainer,
     "save_model": Trainer,
     "push_to_hub": Trainer,
+    "init_hf_repo": Trainer,
     "get_batch_samples": Trainer,
 }
 

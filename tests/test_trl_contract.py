@@ -35,6 +35,7 @@ OVERRIDES = {
     "evaluate": Trainer,
     "save_model": Trainer,
     "push_to_hub": Trainer,
+    "init_hf_repo": Trainer,
     "set_initial_training_values": Trainer,
     "create_optimizer": Trainer,
     "create_scheduler": Trainer,
