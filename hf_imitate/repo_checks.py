@@ -1,6 +1,5 @@
 """What a repo of anybody's may say in its files, read before it is loaded: nothing that runs, leads out or is huge."""
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -10,13 +9,13 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from hf_imitate.strict_json import StrictJSONError, children, read_json
+
 MAX_JSON_BYTES = 16 * 2**20
 MAX_TOKENS = 2**20
 """Longest answer, in tokens, that a repo may ask for."""
 MAX_RANK, MAX_LAYERS, MAX_INTEGER = 2**14, 2**12, 2**40
 MAX_MEMBERS = 64
-MAX_DEPTH = 64
-"""How deep one JSON object may lie in others."""
 MAX_REPLICATIONS, MAX_MODULES = 64, 2**12
 MAX_PATTERN = 1000
 """Longest regular expression, in characters, that may choose an adapter's modules."""
@@ -78,14 +77,11 @@ def read_object(file: Path, name: str | None = None) -> dict[str, Any]:
     if file.stat().st_size > MAX_JSON_BYTES:
         raise UnsafeRepoError(f"{name} has more than {MAX_JSON_BYTES:,} bytes.")
     try:
-        text = file.read_text(encoding="utf-8")
-        values = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
-    except (ValueError, RecursionError) as error:
-        raise UnsafeRepoError(f"{name} is not valid JSON ({type(error).__name__}). Download the repo again.") from None
+        values = read_json(file)
+    except StrictJSONError as error:
+        raise UnsafeRepoError(f"{name} {error}. Download the repo again.") from None
     if not isinstance(values, dict):
         raise UnsafeRepoError(f"{name} holds a {type(values).__name__}; it must be an object.")
-    if _depth(values) > MAX_DEPTH:
-        raise UnsafeRepoError(f"{name} is nested more than {MAX_DEPTH} deep.")
     return values
 
 
@@ -343,21 +339,7 @@ def _walk(value: Any) -> Iterable[tuple[str, Any]]:
         part = left.pop()
         if isinstance(part, Mapping):
             yield from part.items()
-        left.extend(_children(part))
-
-
-def _children(value: Any) -> Iterable[Any]:
-    if isinstance(value, Mapping):
-        return value.values()
-    return value if isinstance(value, list) else ()
-
-
-def _depth(value: Any) -> int:
-    """How many objects and lists lie in one another, counted without recursion."""
-    depth, level = 0, [value]
-    while level := [item for item in level if isinstance(item, Mapping | list)]:
-        depth, level = depth + 1, [child for item in level for child in _children(item)]
-    return depth
+        left.extend(children(part))
 
 
 def _texts(value: Any) -> Iterable[str]:
@@ -366,15 +348,4 @@ def _texts(value: Any) -> Iterable[str]:
         part = left.pop()
         if isinstance(part, str):
             yield part
-        left.extend(_children(part))
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON.")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError("A number is too large.")
-    return value
+        left.extend(children(part))

@@ -14,6 +14,7 @@ from typing import Any
 from hf_imitate.audits.report import AuditReport
 from hf_imitate.hub_cards.facts import CardFacts, CardMetric, Paper, Sample, hub_id_or_none, is_figure
 from hf_imitate.hub_cards.model_card import render_card
+from hf_imitate.strict_json import StrictJSONError, read_json
 
 FACTS_FILE, CARD_KEY = "imitation.json", "card"
 STALE_AUDITS = "stale_audits"
@@ -242,14 +243,10 @@ def _read_json(file: Path) -> dict[str, Any]:
     if file.stat().st_size > MAX_FILE_BYTES:
         raise ValueError(f"`{file.name}` has more than {MAX_FILE_BYTES:,} bytes; the facts of a run are far fewer.")
     try:
-        values = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"`{file.name}` is not valid JSON ({type(error).__name__}). Load the repo again.") from None
+        values = read_json(file)
+    except StrictJSONError as error:
+        raise ValueError(f"`{file.name}` {error}. Load the repo again.") from None
     return _checked(values, (dict,), "the whole")
-
-
-def _refuse(name: str) -> None:
-    raise ValueError(f"{name} is not JSON.")
 
 
 def _checked(value: Any, kinds: tuple[type, ...], name: str) -> Any:

@@ -14,6 +14,7 @@ FOLDERS = ("hf_imitate", "trainers", "hub_cards")
 MATH = {"log_probs", "estimators", "losses", "bounds"}
 MATH |= {"weight_diagnostics", "retrodictive_bounds", "population_bounds", "defensive_bounds", "thought_search"}
 MATH |= {"cluster_intervals", "deviation_bounds", "e_values", "steganography_theory", "residual"}
+PLAIN = {"strict_json"}  # the standard library alone: for everybody
 SHELL = {"cli", "train_cli", "audit_cli", "card_cli", "cli_data", "demo", "demo_report", "demo_thinking"}
 MAX_LINES = 400
 
@@ -31,11 +32,12 @@ _CORE_LIBRARIES = _MATH_LIBRARIES | {
 
 # layer -> (layers it may import, libraries it may import)
 ALLOWED: dict[str, tuple[set[str], set[str]]] = {
+    "plain": (set(), set()),
     "math": ({"math"}, _MATH_LIBRARIES | {"arviz_stats"}),
-    "core": ({"core", "math"}, _CORE_LIBRARIES),
-    "report": ({"report"}, set()),
+    "core": ({"core", "math", "plain"}, _CORE_LIBRARIES),
+    "report": ({"report", "plain"}, set()),
     "audits": ({"audits", "report", "core", "math"}, _CORE_LIBRARIES | {"matplotlib"}),
-    "hub_cards": ({"hub_cards", "report"}, {"huggingface_hub", "jinja2"}),
+    "hub_cards": ({"hub_cards", "report", "plain"}, {"huggingface_hub", "jinja2"}),
     "trainers": (
         {"trainers", "math", "core", "hub_cards"},
         {"torch", "numpy", "transformers", "trl", "peft", "accelerate", "datasets", "safetensors", "tqdm"},
@@ -102,6 +104,8 @@ def layer_of(module: str) -> str:
         return "report" if parts[1:] in (["report"], ["report_text"]) else "audits"
     if parts[0] in MATH:
         return "math"
+    if parts[0] in PLAIN:
+        return "plain"
     return "shell" if parts[0] in SHELL else "core"
 
 

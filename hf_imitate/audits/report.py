@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from hf_imitate.strict_json import StrictJSONError, read_json
+
 UNITS = ("probability", "bits", "nats", "e-value", "count", "ratio")
 
 # JSON has no infinity; a loss can be infinite, where a human's answer lies outside the imitator's support.
@@ -273,11 +275,9 @@ class AuditReport:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ValueError(f"{path.name} has more than {MAX_FILE_BYTES:,} bytes; a report is far smaller.")
         try:
-            values = json.loads(
-                path.read_text(encoding="utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_without_repeats
-            )
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path.name} is no report: not valid JSON ({type(error).__name__}).") from None
+            values = read_json(path, unique_keys=True)
+        except StrictJSONError as error:
+            raise ValueError(f"{path.name} is no report: it {error}.") from None
         try:
             return cls._from_dict(values)
         except (TypeError, KeyError, AttributeError, OverflowError) as error:
@@ -368,14 +368,3 @@ def _check_texts(value: Any) -> None:
     elif isinstance(value, list):
         for item in value:
             _check_texts(item)
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON.")
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError("A key is repeated.")
-    return values
