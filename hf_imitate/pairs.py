@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,18 +39,6 @@ class Pair:
     weight: float = 1.0
     human_checks: tuple[float, ...] = ()
     imitator_checks: tuple[tuple[float, ...], ...] = ()
-
-    @classmethod
-    def from_json(cls, stored: dict[str, Any]) -> "Pair":
-        """Read back a pair that went through JSON as `dataclasses.asdict` gives it."""
-        return cls(
-            stored["prompt"],
-            Answer(*stored["human"]),
-            tuple(Answer(*answer) for answer in stored["imitator"]),
-            stored["weight"],
-            tuple(stored["human_checks"]),
-            tuple(tuple(outcomes) for outcomes in stored["imitator_checks"]),
-        )
 
 
 class Logits(NamedTuple):

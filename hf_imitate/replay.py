@@ -1,11 +1,14 @@
-"""Old answers of the imitator, kept for the distinguisher alone."""
+"""Old answers of the imitator, kept for the distinguisher alone; what their rows say is looked up, never kept."""
 
 import math
 from collections import deque
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from hf_imitate.human_rows import HumanRows
+from hf_imitate.pairs import Pair
 from hf_imitate.rendering import Answer
 
 
@@ -13,10 +16,20 @@ class Entry(NamedTuple):
     """An old answer: the row whose question it answers, and the outcomes of the checks on both sides."""
 
     row: int
-    prompt: str | list
     answer: Answer
-    human_checks: tuple[float, ...]
-    checks: tuple[float, ...]
+    human_checks: tuple[float, ...] = ()
+    checks: tuple[float, ...] = ()
+
+    def pair(self, prompts: Sequence[str | list], human_rows: HumanRows) -> Pair:
+        """The row's question and human answer beside this one.
+
+        Args:
+            prompts: the questions, by row.
+            human_rows: the humans' answers.
+        """
+        human = human_rows.rows[self.row]
+        outcomes = (self.checks,) if self.checks else ()
+        return Pair(prompts[self.row], human.answer, (self.answer,), human.weight, self.human_checks, outcomes)
 
 
 class ReplayBuffer:
@@ -33,16 +46,9 @@ class ReplayBuffer:
         self.entries: deque[Entry] = deque(maxlen=capacity)
         self.seed = seed
 
-    def add(
-        self,
-        row: int,
-        prompt: str | list,
-        answer: Answer,
-        human_checks: tuple[float, ...] = (),
-        checks: tuple[float, ...] = (),
-    ) -> None:
-        """Remember an answer to the question of `row`, with both sides' check outcomes."""
-        self.entries.append(Entry(row, prompt, answer, human_checks, checks))
+    def add(self, entry: Entry) -> None:
+        """Remember an answer."""
+        self.entries.append(entry)
 
     def draw(self, size: int, number: int) -> list[Entry]:
         """Up to `size` different old answers, the `number`-th draw."""
@@ -53,14 +59,26 @@ class ReplayBuffer:
         return [self.entries[int(i)] for i in order]
 
     def state(self) -> list[list]:
-        """JSON-ready contents, NaN outcomes as `None`."""
-        return [[e.row, e.prompt, list(e.answer), _to_json(e.human_checks), _to_json(e.checks)] for e in self.entries]
+        """JSON-ready contents."""
+        return entries_to_json(self.entries)
 
     def load_state(self, state: list[list]) -> None:
         """Take up contents written by `state`."""
         self.entries.clear()
-        for row, prompt, answer, human_checks, checks in state:
-            self.add(row, prompt, Answer(*answer), _from_json(human_checks), _from_json(checks))
+        self.entries.extend(entries_from_json(state))
+
+
+def entries_to_json(entries: Iterable[Entry]) -> list[list]:
+    """Entries as JSON, NaN outcomes as `None`: rows by their number, and of texts the imitator's own alone."""
+    return [[e.row, list(e.answer), _to_json(e.human_checks), _to_json(e.checks)] for e in entries]
+
+
+def entries_from_json(stored: Iterable[list]) -> list[Entry]:
+    """Entries that `entries_to_json` wrote."""
+    return [
+        Entry(row, Answer(*answer), _from_json(human_checks), _from_json(checks))
+        for row, answer, human_checks, checks in stored
+    ]
 
 
 def _to_json(outcomes: tuple[float, ...]) -> list[float | None]:

@@ -101,7 +101,8 @@ def push_folder(
             Upload in the background and return at once.
         checkpoint_name (`str`, *optional*):
             Where `folder` is a checkpoint: a folder of the repository that gets all a run can be taken up from, such
-            as `"last-checkpoint"`. Its states hold questions and answers.
+            as `"last-checkpoint"`. The state of an adversarial run holds answers of the imitator, so it is never
+            public.
         leave_out (`Sequence[str]`, *optional*):
             Further patterns of files that stay behind.
 
@@ -122,8 +123,9 @@ def push_folder(
     check_bases(folder, files, private)
     if checkpoint_name is not None and not private:
         raise ValueError(
-            "A checkpoint to go on from holds questions and answers, so it is pushed to private repositories only. "
-            'Set `hub_private_repo=True`, or `hub_strategy="every_save"`, which pushes the imitator alone.'
+            "A checkpoint to go on from holds what serves the run alone, of an adversarial one the imitator's answers "
+            "to the training questions, so it is pushed to private repositories only. Set `hub_private_repo=True`, or "
+            '`hub_strategy="every_save"`, which pushes the imitator alone.'
         )
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

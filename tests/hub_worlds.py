@@ -27,7 +27,8 @@ from hf_imitate import Distinguisher, Imitator, audit
 from hf_imitate.rendering import Answer
 
 TRAINERS = ("adversarial", "retrodictive", "latent")
-RESUMABLE = TRAINERS[1:]  # the state of a game holds questions and answers
+# Of the game, a run that is killed between two generation batches' bounds.
+BETWEEN = {"adversarial": {"distinguisher_warmup_steps": 1, "steps_per_generation": 2, "replay_ratio": 0.5}}
 QUESTIONS = {"latent": ["a b", "c d", "e"], **{name: ["Item 3:", "Item 10:", "Item 4:"] for name in TRAINERS[:2]}}
 ANSWERS = {"latent": ["a a", "c", "f f b"], **{name: ["abc", "de", "vwxyz"] for name in TRAINERS[:2]}}
 BASES = {"latent": "me/words", "adversarial": "me/base", "retrodictive": "me/base"}
@@ -102,12 +103,13 @@ def train_and_push(folder: str, bases: dict[str, str]) -> None:
                 "base": json.loads((own / "run" / "adapter_config.json").read_text()) if not full else {},
             }
             shutil.rmtree(own)
-    for trainer in RESUMABLE:
-        whole = make(Path(folder) / "whole", trainer, False, max_steps=3)
+    for trainer in TRAINERS:
+        own = BETWEEN.get(trainer, {})
+        whole = make(Path(folder) / "whole", trainer, False, max_steps=3, **own)
         latent_worlds.train(whole)
         tensors |= {f"{trainer}-whole.{key}": value for key, value in weights(whole).items()}
         # What a run that is killed after its second step leaves on the Hub.
-        each = {"push_to_hub": True, "hub_always_push": True, "hub_model_id": f"me/{trainer}-killed", **SAVING}
+        each = {"push_to_hub": True, "hub_always_push": True, "hub_model_id": f"me/{trainer}-killed", **SAVING, **own}
         run = make(Path(folder) / "killed", trainer, False, **each)
         run.args.hub_strategy = HubStrategy.CHECKPOINT
         latent_worlds.train(run)
@@ -175,8 +177,8 @@ def go_on(folder: str) -> dict[str, Any]:
     """What else a pushed imitator is for: resumed, audited, trained further, a reward for TRL's own trainer."""
     torch.set_num_threads(1)
     tensors, found = remembered(folder), {}
-    for trainer in RESUMABLE:
-        run = make(Path(folder) / "resumed" / trainer, trainer, False, max_steps=3)
+    for trainer in TRAINERS:
+        run = make(Path(folder) / "resumed" / trainer, trainer, False, max_steps=3, **BETWEEN.get(trainer, {}))
         latent_worlds.train(run, resume_from_checkpoint=f"me/{trainer}-killed")
         pairs = [(value, tensors[f"{trainer}-whole.{key}"]) for key, value in weights(run).items()]
         found[f"{trainer} resumed"] = max((one - other).abs().max().item() for one, other in pairs)

@@ -480,7 +480,10 @@ def test_only_an_explicit_false_makes_pushes_public(tmp_path):
         ({"off_policy_mask_threshold": 0.5}, r"`off_policy_mask_threshold` is 0.5"),
         ({"generation_kwargs": '{"temperature": 0.5}'}, r"`temperature` is 0.5"),
         ({"remove_unused_columns": True}, r"`remove_unused_columns` is True"),
-        ({"hub_strategy": "all_checkpoints"}, r"`hub_strategy` is 'all_checkpoints'"),
+        (
+            {"push_to_hub": True, "hub_private_repo": False, "hub_strategy": "all_checkpoints"},
+            r"`hub_strategy` is 'all_checkpoints' and `hub_private_repo` is False",
+        ),
         ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}, r"depends on the loss"),
         (
             {"per_device_train_batch_size": 6},

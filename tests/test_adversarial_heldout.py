@@ -7,7 +7,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from distinguishers import marked_pairs
 from scipy.stats import binomtest
 from tiny_runs import distinguisher_weights, load, logged, make, rows, same, train
 from transformers import AutoTokenizer
@@ -15,9 +14,12 @@ from transformers import AutoTokenizer
 from hf_imitate.distinguisher import Distinguisher
 from hf_imitate.human_rows import HumanRows
 from hf_imitate.losses import bradley_terry_loss
-from hf_imitate.pairs import Learner, Pair
-from hf_imitate.rendering import Renderer
+from hf_imitate.pairs import Learner
+from hf_imitate.rendering import Answer, Renderer
+from hf_imitate.replay import Entry
 from hf_imitate.trainers.adversarial_heldout import NO_SIGNAL, Heldout, Signal, halves
+
+WORDS = ("the list", "a name", "it", "items")
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +28,14 @@ def tokenizer(tiny_model_dir):
 
 
 def human_rows(tokenizer, prompts, heldout=0.5, seed=0):
-    dataset = Dataset.from_dict({"prompt": prompts, "completion": ["abc"] * len(prompts)})
-    return HumanRows(dataset, Renderer(tokenizer, [tokenizer.eos_token_id], 8), heldout, seed)
+    answers = [WORDS[i % 4] + " xx" for i in range(len(prompts))]  # humans end with a mark of their own
+    dataset = Dataset.from_dict({"prompt": prompts, "completion": answers})
+    return HumanRows(dataset, Renderer(tokenizer, [tokenizer.eos_token_id], 32), heldout, seed)
+
+
+def answered(rows):
+    """What an imitator answered to the questions of these rows."""
+    return [Entry(row, Answer(WORDS[(row + 1) % 4] + " yy", True)) for row in rows]
 
 
 def heldout_of(tokenizer, tiny_model_dir, prompts, metrics=None):
@@ -44,11 +52,11 @@ def set_head(heldout, scale):
         heldout.learner.distinguisher.head.weight.copy_(scale)
 
 
-def by_hand(heldout, pairs):
+def by_hand(heldout, entries):
     """Loss and accuracy, pair by pair."""
     d = heldout.learner.distinguisher
     losses, wins = [], []
-    for pair in pairs:
+    for pair in (entry.pair(heldout.prompts, heldout.human_rows) for entry in entries):
         human, imitator = d.score([pair.prompt] * 2, [pair.human, pair.imitator[0]])
         losses.append(bradley_terry_loss(human, imitator).item())
         wins.append(0.5 if torch.isclose(human, imitator, atol=1e-6) else float(human > imitator))
@@ -85,16 +93,16 @@ def test_the_weights_that_are_right_most_often_are_kept_also_when_pairs_come_lat
     heldout = heldout_of(tokenizer, tiny_model_dir, prompts)
     first = torch.randn(1, 32, generator=torch.Generator().manual_seed(3))
     set_head(heldout, first)
-    pairs = marked_pairs(len(heldout.stopping))
-    wins = [by_hand(heldout, [pair])[1] for pair in pairs]
-    easy = [pair for pair, win in zip(pairs, wins, strict=True) if win == 1][:4]
-    hard = [pair for pair, win in zip(pairs, wins, strict=True) if win == 0][:8]
+    entries = answered(heldout.stopping)
+    wins = [by_hand(heldout, [entry])[1] for entry in entries]
+    easy = [entry for entry, win in zip(entries, wins, strict=True) if win == 1][:4]
+    hard = [entry for entry, win in zip(entries, wins, strict=True) if win == 0][:8]
     assert (len(easy), len(hard)) == (4, 8)
-    for row, pair in zip(heldout.stopping, easy, strict=False):
-        heldout.add(row, pair)
+    for entry in easy:
+        heldout.add(entry)
     assert heldout.reading(keep=True).accuracy == 1.0
-    for row, pair in zip(heldout.stopping[4:], hard, strict=False):
-        heldout.add(row, pair)
+    for entry in hard:
+        heldout.add(entry)
     set_head(heldout, -first)  # right where the other is wrong
     before = distinguisher_state(heldout)
     assert heldout.reading(keep=True).accuracy == pytest.approx(8 / 12)
@@ -112,13 +120,13 @@ def distinguisher_state(heldout):
 def test_of_equally_right_weights_the_surer_ones_are_kept(tokenizer, tiny_model_dir):
     prompts = [f"q{i}" for i in range(20)]
     heldout = heldout_of(tokenizer, tiny_model_dir, prompts)
-    for row, pair in zip(heldout.stopping, marked_pairs(8), strict=False):
-        heldout.add(row, pair)
+    for entry in answered(heldout.stopping):
+        heldout.add(entry)
     torch.manual_seed(1)
     head = torch.randn(1, 32)
     for scale in (1e-2, 1e-3):
         set_head(heldout, scale * head)
-        if by_hand(heldout, heldout.pairs)[1] < 0.5:
+        if by_hand(heldout, heldout.entries)[1] < 0.5:
             head = -head
     losses = {}
     for scale in (2e-3, 1e-2, 4e-3):
@@ -133,16 +141,14 @@ def test_a_reading_is_the_mean_loss_and_accuracy_on_the_first_half_alone(tokeniz
     prompts = [f"q{i}" for i in range(40)]
     noted = []
     heldout = heldout_of(tokenizer, tiny_model_dir, prompts, noted)
-    pairs = marked_pairs(20)
-    for row, pair in zip(heldout.stopping[:5], pairs, strict=False):
-        heldout.add(row, pair)
-    for row, pair in zip(heldout.testing[:5], pairs[10:], strict=False):
-        heldout.add(row, pair)
-    assert heldout.pairs == pairs[:5]
-    assert list(heldout.tested.values()) == pairs[10:15]
+    stopping, testing = answered(heldout.stopping[:5]), answered(heldout.testing[:5])
+    for entry in [*testing, *stopping]:
+        heldout.add(entry)
+    assert heldout.entries == stopping
+    assert list(heldout.tested.values()) == testing
     set_head(heldout, torch.randn(1, 32, generator=torch.Generator().manual_seed(5)))
-    assert heldout.reading() == pytest.approx(by_hand(heldout, pairs[:5]), rel=1e-5)
-    assert noted == [("distinguisher/accuracy_stopping", pytest.approx(by_hand(heldout, pairs[:5])[1]))]
+    assert heldout.reading() == pytest.approx(by_hand(heldout, stopping), rel=1e-5)
+    assert noted == [("distinguisher/accuracy_stopping", pytest.approx(by_hand(heldout, stopping)[1]))]
     assert heldout.best is None
 
 
@@ -160,8 +166,8 @@ def test_without_held_out_pairs_nothing_is_kept_and_nothing_is_said(tokenizer, t
 def test_what_was_kept_goes_through_a_checkpoint(tokenizer, tiny_model_dir):
     prompts = [f"q{i}" for i in range(40)]
     one, two = (heldout_of(tokenizer, tiny_model_dir, prompts) for _ in range(2))
-    for row, pair in zip([*one.stopping[:6], *one.testing[:6]], marked_pairs(12), strict=True):
-        one.add(row, pair)
+    for entry in answered([*one.stopping[:6], *one.testing[:6]]):
+        one.add(entry)
     set_head(one, torch.ones(1, 32))
     one.reading(keep=True)
     set_head(two, torch.ones(1, 32))
@@ -177,13 +183,11 @@ def test_what_was_kept_goes_through_a_checkpoint(tokenizer, tiny_model_dir):
 def test_the_limit_is_clopper_pearsons_of_one_pair_to_a_question(tokenizer, tiny_model_dir):
     prompts = [f"q{i // 2}" for i in range(120)]
     heldout = heldout_of(tokenizer, tiny_model_dir, prompts)
-    pairs = marked_pairs(len(heldout.testing))
-    for row, pair in zip(heldout.testing, pairs, strict=True):
-        heldout.add(row, pair)
-        heldout.add(row, Pair(pair.prompt, pair.imitator[0], (pair.human,)))  # met again: the opposite
     first = {}
-    for row, pair in zip(heldout.testing, pairs, strict=True):
-        first.setdefault(prompts[row], pair)
+    for entry in answered(heldout.testing):
+        heldout.add(entry)
+        heldout.add(entry._replace(answer=Answer("met again", True)))
+        first.setdefault(prompts[entry.row], entry)
     set_head(heldout, torch.randn(1, 32, generator=torch.Generator().manual_seed(2)))
     _, accuracy = by_hand(heldout, first.values())
     signal = heldout.signal()
@@ -268,7 +272,7 @@ def test_an_automatic_warmup_hands_its_best_weights_to_the_game(tmp_path, tiny_m
     train(trainer)
     assert same(at_end, best)
     # The imitator moves from now on: what it answered before says nothing of the next warm-up.
-    assert (trainer.game.heldout.pairs, trainer.game.heldout.tested, trainer.game.heldout.best) == ([], {}, None)
+    assert (trainer.game.heldout.entries, trainer.game.heldout.tested, trainer.game.heldout.best) == ([], {}, None)
 
 
 def test_a_warmup_of_given_length_is_left_where_it_ends(tmp_path, tiny_model_dir):

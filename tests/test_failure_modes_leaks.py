@@ -22,6 +22,7 @@ from hf_imitate.distinguisher import Distinguisher
 from hf_imitate.losses import paired_wins
 from hf_imitate.pairs import Learner, Pair
 from hf_imitate.rendering import Answer
+from hf_imitate.replay import Entry
 from hf_imitate.surface import audit_surface
 
 # In an order in which each can be planted on top of those before it.
@@ -77,7 +78,7 @@ def test_replay_changes_neither_the_first_pay_nor_what_the_fresh_metric_counts(t
     for ratio in (0.0, 0.5):
         trainer = make(tmp_path, tiny_model_dir, kind=Watched, replay_ratio=ratio, distinguisher_steps=2, max_steps=3)
         for row in trainer.game.human_rows.train.tolist():
-            trainer.game.replay.add(row, f"Item {row}:", Answer("zzzz", True))
+            trainer.game.replay.add(Entry(row, Answer("zzzz", True)))
         with spied(trainer.game.learner, "step") as calls:
             train(trainer)
         trainers[ratio] = trainer

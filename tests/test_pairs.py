@@ -1,7 +1,5 @@
-import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -291,9 +289,3 @@ def test_a_step_without_pairs_moves_nothing(make):
 
     assert result == (0.0, [])
     assert_all_close(distinguisher.trainable_parameters(), before, atol=0)
-
-
-def test_a_pair_goes_through_json():
-    pair = Pair("q", Answer("a", True), (Answer("b", False),), 0.5, (1.0,), ((0.0,),))
-
-    assert Pair.from_json(json.loads(json.dumps(asdict(pair)))) == pair

@@ -1,15 +1,18 @@
 import json
 import math
 from collections import Counter
+from types import SimpleNamespace
 
-from hf_imitate.rendering import Answer
+from hf_imitate.human_rows import HumanRow
+from hf_imitate.pairs import Pair
+from hf_imitate.rendering import Answer, Rendered
 from hf_imitate.replay import Entry, ReplayBuffer
 
 
 def filled(num, capacity=100, seed=0):
     buffer = ReplayBuffer(capacity, seed)
     for row in range(num):
-        buffer.add(row, f"question {row}", Answer(f"answer {row}", row % 2 == 0), (1.0, math.nan), (math.nan, 0.5))
+        buffer.add(Entry(row, Answer(f"answer {row}", row % 2 == 0), (1.0, math.nan), (math.nan, 0.5)))
     return buffer
 
 
@@ -49,11 +52,11 @@ def test_more_than_there_is_cannot_be_drawn():
 
 def test_its_state_goes_through_json():
     buffer = filled(5)
-    buffer.add(9, [{"role": "user", "content": "q"}], Answer("a", False))
+    buffer.add(Entry(9, Answer("a", False)))
 
     text = json.dumps(buffer.state(), allow_nan=False)
     restored = ReplayBuffer(100, 0)
-    restored.add(77, "stale", Answer("stale", True))
+    restored.add(Entry(77, Answer("stale", True)))
     restored.load_state(json.loads(text))
 
     assert [repr(entry) for entry in restored.entries] == [repr(entry) for entry in buffer.entries]
@@ -61,3 +64,14 @@ def test_its_state_goes_through_json():
     assert isinstance(restored.entries[0], Entry)
     assert isinstance(restored.entries[0].answer, Answer)
     assert isinstance(restored.entries[0].checks, tuple)
+
+
+def test_an_entry_is_a_pair_with_what_its_row_says():
+    rendered = Rendered([1], [2], True)
+    human_rows = SimpleNamespace(rows={1: HumanRow(rendered, Answer("by a human", True), 0.5, 10)})
+    with_checks = Entry(1, Answer("by the imitator", False), (1.0,), (0.0,)).pair(["q0", "q1"], human_rows)
+    plain = Entry(1, Answer("by the imitator", False)).pair(["q0", "q1"], human_rows)
+
+    sides = Answer("by a human", True), (Answer("by the imitator", False),)
+    assert with_checks == Pair("q1", *sides, 0.5, (1.0,), ((0.0,),))
+    assert plain == Pair("q1", *sides, 0.5)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from tiny_runs import distinguisher_weights, imitator_weights, make, rows, train
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
@@ -159,7 +160,7 @@ def test_a_run_goes_on_from_every_one_of_its_steps_to_the_last_bit(tmp_path, tin
     assert len({state["likelihood"]["multiplier"] for state in games}) > 5
     assert len({len(state["game"]["replay"]) for state in games}) > 2
     assert any(state["unlogged"]["tally"] for state in games)
-    assert any(state["num_buffered"] for state in games)
+    assert any(state["question_widths"] for state in games)
 
 
 # --- other runs, at the steps where they differ
@@ -361,3 +362,64 @@ def test_a_checkpoint_holds_no_pickle_but_transformers_own(tmp_path, tiny_model_
         else:
             with safe_open(files[name], "pt") as tensors:
                 assert len(tensors.keys()) > 0
+
+
+PLANTED = {"prompt": "Quincy", "completion": "Zebulon"}  # no imitator comes to these by itself
+
+
+def planted(number=24, as_chat=False):
+    """Rows that all hold the planted words; conversations of one question, if `as_chat`."""
+    data = rows(number, answers=(PLANTED["completion"],))
+    questions = [f"{PLANTED['prompt']} in {i}:" for i in range(number)]
+    data = data.remove_columns("prompt").add_column("prompt", questions)
+    chat = {"prompt": "user", "completion": "assistant"}
+    return data.map(lambda row: {k: [{"role": chat[k], "content": row[k]}] for k in chat}) if as_chat else data
+
+
+def runs_of_numbers(value):
+    """Every list of whole numbers in JSON or in a tensor."""
+    if isinstance(value, torch.Tensor):
+        floating = value.is_floating_point()
+        return [] if floating or not value.dim() else value.reshape(-1, value.shape[-1]).tolist()
+    children = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+    found = [one for child in children for one in runs_of_numbers(child)]
+    return [*found, [one for one in children if isinstance(one, int)]] if isinstance(value, list) else found
+
+
+def holds(numbers, ids):
+    return any(numbers[i : i + len(ids)] == ids for i in range(len(numbers)))
+
+
+@pytest.mark.parametrize("as_chat", [False, True])
+def test_no_file_of_a_checkpoint_holds_a_word_or_the_tokens_of_a_row(tmp_path, request, as_chat):
+    """In every phase, with old, held-out and format-audited answers, and in the middle of a generation batch."""
+    model = request.getfixturevalue("tiny_chat_model_dir" if as_chat else "tiny_model_dir")
+    trainer = make(
+        tmp_path,
+        model,
+        dataset=planted(as_chat=as_chat),
+        arguments={"checks": [short_or_none]},
+        **{"imitator_warmup_steps": 1, "distinguisher_warmup_steps": 2, "max_steps": 3, "steps_per_generation": 2},
+        **{"gradient_accumulation_steps": 1, "max_completion_length": 16, "save_strategy": "steps", "save_steps": 1},
+    )
+    train(trainer)
+    checkpoints = sorted(Path(trainer.args.output_dir).glob("checkpoint-*"))
+    states = [json.loads((folder / "adversarial_state_0.json").read_text()) for folder in checkpoints]
+    # What there has to be to look through, or it shows less than it says.
+    assert all(any(state["game"][name] for state in states) for name in ("replay", "surface"))
+    assert any(state["game"]["heldout"]["entries"] and state["game"]["heldout"]["tested"][0] for state in states)
+    assert any(state["question_widths"] for state in states)
+    ids = {side: trainer._tokenizer(word, add_special_tokens=False)["input_ids"] for side, word in PLANTED.items()}
+    rendered = trainer.likelihood.rows.rows[0].rendered
+    assert holds(rendered.prompt_ids, ids["prompt"])
+    assert holds(rendered.answer_ids, ids["completion"])
+    for file in (path for folder in checkpoints for path in folder.rglob("*") if path.is_file()):
+        if file.name in ("tokenizer.json", "chat_template.jinja"):
+            continue
+        content = file.read_bytes()
+        assert [word for word in PLANTED.values() if word.encode() in content] == [], file
+        values = []
+        if file.suffix in (".json", ".safetensors"):
+            values = list(load_file(file).values()) if file.suffix == ".safetensors" else [json.loads(content)]
+        numbers = [run for value in values for run in runs_of_numbers(value)]
+        assert not any(holds(run, one) for run in numbers for one in ids.values()), file

@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 
 import torch
-from transformers.training_args import HubStrategy
 from trl import GRPOConfig
 
 from hf_imitate.losses import DISTINGUISHER_LOSSES, IMITATOR_REWARDS
+from hf_imitate.trainers.checkpoints import check_hub_strategy
 from hf_imitate.trainers.warmup_setting import steps_or_auto
 
 TRUNCATED_ANSWERS = ("score", "drop", "penalty")
@@ -219,11 +219,7 @@ class AdversarialConfig(GRPOConfig):
             raise ValueError(
                 "`remove_unused_columns` is True, which drops the human's answers before anyone sees them. Set False."
             )
-        if HubStrategy(self.hub_strategy) in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            raise ValueError(
-                f"`hub_strategy` is {HubStrategy(self.hub_strategy).value!r}, which pushes checkpoints, and those of "
-                "an adversarial run hold questions and answers of the data. Use 'every_save' or 'end'."
-            )
+        check_hub_strategy(self)
 
     def _check_ranges(self) -> None:
         at_least = {

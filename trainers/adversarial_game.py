@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from itertools import accumulate
 from typing import Any
 
@@ -18,7 +17,7 @@ from hf_imitate.human_rows import ROW_COLUMN, HumanRows, render_humans
 from hf_imitate.losses import imitator_reward, paired_wins, penalize_truncated
 from hf_imitate.pairs import Learner, Pair
 from hf_imitate.rendering import Renderer
-from hf_imitate.replay import ReplayBuffer
+from hf_imitate.replay import Entry, ReplayBuffer, entries_from_json, entries_to_json
 from hf_imitate.surface import MIN_ANSWERS, audit_surface
 from hf_imitate.trainers.adversarial_config import AdversarialConfig
 from hf_imitate.trainers.adversarial_heldout import NO_SIGNAL, Heldout, Signal
@@ -56,12 +55,13 @@ class Game:
         record: Callable[[str, float, float], None],
     ):
         self.args, self.learner, self.checks, self.renderer = args, learner, checks, renderer
-        self.human_rows, self.accelerator, self.record = human_rows, accelerator, record
+        self.human_rows, self.prompts = human_rows, prompts
+        self.accelerator, self.record = accelerator, record
         self.guard = Guard()
         self.memory = Memory(len(human_rows.train), len(human_rows.heldout))
         self.replay = ReplayBuffer(seed=args.seed + accelerator.process_index)
         self.heldout = Heldout(human_rows, prompts, learner, accelerator, record)
-        self.surface_pairs: list[Pair] | None = []  # None once they were looked at
+        self.surface_entries: list[Entry] | None = []  # None once they were looked at
         self.pause: str | None = None
         self.paused_since: int | None = None
 
@@ -155,38 +155,34 @@ class Game:
         return {"learn_from": learn_from, "replayed": replayed, "lr_scale": lr_scale}
 
     def _old_pairs(self, size: int, number: int) -> list[Pair]:
-        pairs = []
-        for row, prompt, answer, human_checks, checks in self.replay.draw(size, number):
-            human = self.human_rows.rows[row]
-            outcomes = (checks,) if checks else ()
-            pairs.append(Pair(prompt, human.answer, (answer,), human.weight, human_checks, outcomes))
-        return pairs
+        return [entry.pair(self.prompts, self.human_rows) for entry in self.replay.draw(size, number)]
 
     def _remember(self, batch: Round, phase: str) -> None:
         for i, human in enumerate(batch.humans):
             if human is None:
                 continue
-            pair = batch.pair(i)
+            outcomes = (tuple(side[i].tolist()) for side in (batch.human_outcomes, batch.outcomes))
+            entry = Entry(batch.questions[i], batch.answers[i], *outcomes)
             if batch.heldout[i]:
                 if phase == DISTINGUISHER_WARMUP or self.args.freeze_imitator:
-                    self.heldout.add(batch.questions[i], pair)
+                    self.heldout.add(entry)
                 continue
-            if self.surface_pairs is not None and batch.questions[i] not in batch.questions[:i]:
-                self.surface_pairs.append(pair)
-            checks = pair.imitator_checks[0] if pair.imitator_checks else ()
-            self.replay.add(batch.questions[i], pair.prompt, pair.imitator[0], pair.human_checks, checks)
-        if len(self.surface_pairs or ()) >= NUM_SURFACE_PAIRS:
+            if self.surface_entries is not None and batch.questions[i] not in batch.questions[:i]:
+                self.surface_entries.append(entry)
+            self.replay.add(entry)
+        if len(self.surface_entries or ()) >= NUM_SURFACE_PAIRS:
             self.audit_surface()
 
     def audit_surface(self) -> None:
         """Look once, on format alone, for what would give the game away; with too few answers, later."""
-        pairs = self.surface_pairs
-        if pairs is None or len(pairs) < MIN_ANSWERS:
+        entries = self.surface_entries
+        if entries is None or len(entries) < MIN_ANSWERS:
             return
-        self.surface_pairs = None
+        self.surface_entries = None
         if not self.accelerator.is_main_process:
             return
-        leak = audit_surface([pair.human for pair in pairs], [pair.imitator[0] for pair in pairs])
+        humans = [self.human_rows.rows[entry.row].answer for entry in entries]
+        leak = audit_surface(humans, [entry.answer for entry in entries])
         self.record("surface/auc", leak.auc, 1)
         logger.info(leak.describe())
         if leak.leaks_of_kind("format"):
@@ -221,7 +217,8 @@ class Game:
         return signal
 
     def state(self) -> dict[str, Any]:
-        """JSON-ready state."""
+        """JSON-ready state, without a word of the rows."""
+        surface = self.surface_entries
         return {
             "guard": self.guard.state(),
             "memory": self.memory.state(),
@@ -229,7 +226,7 @@ class Game:
             "paused_since": self.paused_since,
             "replay": self.replay.state(),
             "heldout": self.heldout.state(),
-            "surface_pairs": None if self.surface_pairs is None else [asdict(pair) for pair in self.surface_pairs],
+            "surface": None if surface is None else entries_to_json(surface),
         }
 
     def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -238,8 +235,8 @@ class Game:
         self.memory = Memory(**state["memory"])
         self.replay.load_state(state["replay"])
         self.heldout.load_state(state["heldout"], tensors)
-        surface = state["surface_pairs"]
-        self.surface_pairs = None if surface is None else [Pair.from_json(pair) for pair in surface]
+        surface = state["surface"]
+        self.surface_entries = None if surface is None else entries_from_json(surface)
 
     def _watch(self, phase, s_imitator, s_human, cut, paid, batch: Round) -> None:
         if phase is None:

@@ -4,7 +4,6 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +14,8 @@ from accelerate.utils import gather
 from hf_imitate.bounds import clopper_pearson
 from hf_imitate.human_rows import HumanRows
 from hf_imitate.losses import DISTINGUISHER_LOSSES, paired_wins
-from hf_imitate.pairs import Learner, Pair
+from hf_imitate.pairs import Learner
+from hf_imitate.replay import Entry, entries_from_json, entries_to_json
 from hf_imitate.rows import question_key
 
 logger = logging.getLogger(__name__)
@@ -102,24 +102,25 @@ class Heldout:
         record: Callable[[str, float, float], None],
     ):
         self.learner, self.accelerator, self.record = learner, accelerator, record
+        self.human_rows, self.prompts = human_rows, prompts
         self.stopping, self.testing = halves(human_rows, prompts)
         numbers: dict[str, int] = {}
         self.question_of = {
             row: numbers.setdefault(question_key(prompts[row]), len(numbers)) for row in human_rows.heldout.tolist()
         }
         self._to_stop_by = set(self.stopping)
-        self.pairs: list[Pair] = []  # of the first half
-        self.tested: dict[int, Pair] = {}  # of the second, by question
+        self.entries: list[Entry] = []  # of the first half
+        self.tested: dict[int, Entry] = {}  # of the second, by question
         self.best: list[torch.Tensor] | None = None
-        self._best_seen: list[tuple[float, float]] = []  # loss and win of the best weights on each of `pairs`
+        self._best_seen: list[tuple[float, float]] = []  # loss and win of the best weights on each entry
 
-    def add(self, row: int, pair: Pair) -> None:
+    def add(self, entry: Entry) -> None:
         """Take in what an imitator that stands still answered to the question of a held-out row."""
-        if row in self._to_stop_by:
-            if len(self.pairs) < MOST_TO_STOP_BY:
-                self.pairs.append(pair)
+        if entry.row in self._to_stop_by:
+            if len(self.entries) < MOST_TO_STOP_BY:
+                self.entries.append(entry)
         elif len(self.tested) < MOST_TO_TEST:
-            self.tested.setdefault(self.question_of[row], pair)
+            self.tested.setdefault(self.question_of[entry.row], entry)
 
     def reading(self, keep: bool = False) -> Reading:
         """How well the distinguisher does on the first half; with `keep`, its weights are kept if that is the best.
@@ -127,7 +128,7 @@ class Heldout:
         The best so far is the one that is right most often, of equals the one of lower loss, on all pairs met by now:
         the weights kept before are asked about those met since.
         """
-        seen = self._seen(self.pairs)
+        seen = self._seen(self.entries)
         now = self._mean(seen)
         # All processes go the same way: the means are over all of them.
         if math.isnan(now.accuracy):
@@ -143,9 +144,9 @@ class Heldout:
     def _reading_of_best(self) -> Reading | None:
         if self.best is None:
             return None
-        if len(self._best_seen) < len(self.pairs):
+        if len(self._best_seen) < len(self.entries):
             with self._weights(self.best):
-                self._best_seen += self._seen(self.pairs[len(self._best_seen) :])
+                self._best_seen += self._seen(self.entries[len(self._best_seen) :])
         return self._mean(self._best_seen)
 
     def restore(self) -> None:
@@ -155,8 +156,8 @@ class Heldout:
             _copy(self.best, self.learner.parameters)
 
     def forget(self) -> None:
-        """Let go of pairs and weights: an imitator that moves has other answers."""
-        self.pairs, self.tested, self.best, self._best_seen = [], {}, None, []
+        """Let go of answers and weights: an imitator that moves has other answers."""
+        self.entries, self.tested, self.best, self._best_seen = [], {}, None, []
 
     def signal(self) -> Signal:
         """Ask the second half."""
@@ -174,7 +175,8 @@ class Heldout:
             return Signal(float("nan"), 1.0, 0)
         return Signal(wins / num, clopper_pearson(wins, num, side="upper").high, num)
 
-    def _seen(self, pairs: Sequence[Pair]) -> list[tuple[float, float]]:
+    def _seen(self, entries: Sequence[Entry]) -> list[tuple[float, float]]:
+        pairs = [entry.pair(self.prompts, self.human_rows) for entry in entries]
         compare = DISTINGUISHER_LOSSES[self.learner.loss]
         return [
             (compare(*logits).mean().item(), paired_wins(logits.human, logits.imitator).mean().item())
@@ -200,8 +202,8 @@ class Heldout:
     def state(self) -> dict[str, Any]:
         """JSON-ready state; the kept weights are `tensors()`."""
         return {
-            "pairs": [asdict(pair) for pair in self.pairs],
-            "tested": [[question, asdict(pair)] for question, pair in self.tested.items()],
+            "entries": entries_to_json(self.entries),
+            "tested": [list(self.tested), entries_to_json(self.tested.values())],
             "best_seen": [list(values) for values in self._best_seen],
         }
 
@@ -211,8 +213,9 @@ class Heldout:
 
     def load_state(self, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         """Take up what `state` and `tensors` gave."""
-        self.pairs = [Pair.from_json(pair) for pair in state["pairs"]]
-        self.tested = {question: Pair.from_json(pair) for question, pair in state["tested"]}
+        self.entries = entries_from_json(state["entries"])
+        questions, tested = state["tested"]
+        self.tested = dict(zip(questions, entries_from_json(tested), strict=True))
         self._best_seen = [(loss, win) for loss, win in state["best_seen"]]
         kept = [tensors.get(f"best.{i}") for i in range(len(self.learner.parameters))]
         is_kept = "best.0" in tensors

@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 from hf_imitate import __version__
 from hf_imitate.distinguisher import ADAPTER_NAME
 from hf_imitate.hub_cards.facts import CardFacts, CardMetric
+from hf_imitate.human_rows import ROW_COLUMN
 from hf_imitate.trainers.adversarial_config import AdversarialConfig
 from hf_imitate.trainers.checkpoints import (
     STATE,
@@ -30,6 +31,7 @@ from hf_imitate.trainers.phases import DISTINGUISHER_WARMUP, GAME, Phases
 
 logger = logging.getLogger(__name__)
 
+_OF_QUESTIONS = ("prompt_ids", "prompt_mask")  # in a generation batch
 _NO_SETTINGS = ("hub_private_repo", "gradient_checkpointing", "activation_checkpointing")  # of a machine or a push
 OWN_SETTINGS = (
     *(
@@ -173,8 +175,13 @@ class AdversarialSaving(ImitatorSaving):
         optimizer = self.game.learner.optimizer.state_dict()
         for index, moments in optimizer["state"].items():
             tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in moments.items()}
-        for i, part in enumerate(self._buffered_inputs or []):
-            tensors |= {f"buffer.{i}.{name}": value for name, value in part.items() if isinstance(value, torch.Tensor)}
+        buffered = self._buffered_inputs or []
+        for i, part in enumerate(buffered):
+            tensors |= {
+                f"buffer.{i}.{name}": value
+                for name, value in part.items()
+                if isinstance(value, torch.Tensor) and name not in _OF_QUESTIONS
+            }
         tensors |= self.bodies.tensors() | self.game.heldout.tensors()
         # Of every node on its own, the other nodes' files are elsewhere.
         processes = [self.accelerator.process_index] if self.args.save_on_each_node else range(self.args.world_size)
@@ -190,7 +197,7 @@ class AdversarialSaving(ImitatorSaving):
             },
             "step": self._step,
             "passes": int(self.state.global_step // self._steps_per_pass),
-            "num_buffered": len(self._buffered_inputs or []),
+            "question_widths": [part["prompt_ids"].shape[1] for part in buffered],
             "phases": self.phases.state(),
             "entered_phase": self._entered_phase,
             "last_reading": self._last_reading,
@@ -222,8 +229,9 @@ class AdversarialSaving(ImitatorSaving):
         learner.optimizer.load_state_dict(optimizer)
         self.bodies.load_tensors(tensors)
         self._step = stored["step"]
-        device = self.accelerator.device
-        self._buffered_inputs = [_buffered(tensors, i, device) for i in range(stored["num_buffered"])] or None
+        self._buffered_inputs = [
+            self._buffered(tensors, i, width) for i, width in enumerate(stored["question_widths"])
+        ] or None
         # The warm-ups may have ended early; how long the game lasts is for this run's settings to say.
         self.phases = dataclasses.replace(Phases(**stored["phases"]), game=self.phases.game)
         self._entered_phase, self._last_reading = stored["entered_phase"], stored["last_reading"]
@@ -281,12 +289,17 @@ class AdversarialSaving(ImitatorSaving):
             for i, parameter in enumerate(self.game.learner.parameters):
                 parameter.copy_(tensors[f"parameter.{i}"])
 
+    def _buffered(self, tensors: dict[str, torch.Tensor], index: int, width: int) -> dict[str, torch.Tensor]:
+        """A part of the generation batch as TRL buffered it, its questions rendered from their rows."""
+        prefix, device = f"buffer.{index}.", self.accelerator.device
+        part = {
+            name.removeprefix(prefix): tensor.to(device) for name, tensor in tensors.items() if name.startswith(prefix)
+        }
+        questions = self.renderer.prompt_ids([self.train_dataset[row]["prompt"] for row in part[ROW_COLUMN].tolist()])
+        mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in questions]
+        padded = [[self._tokenizer.pad_token_id] * (width - len(ids)) + ids for ids in questions]
+        of_questions = (torch.tensor(rows, device=device) for rows in (padded, mask))
+        return {**dict(zip(_OF_QUESTIONS, of_questions, strict=True)), **part}
+
     def _state_path(self, folder: str) -> Path:
         return Path(folder) / f"{STATE}_{self.accelerator.process_index}"
-
-
-def _buffered(tensors: dict[str, torch.Tensor], index: int, device: torch.device) -> dict[str, torch.Tensor]:
-    prefix = f"buffer.{index}."
-    return {
-        name.removeprefix(prefix): tensor.to(device) for name, tensor in tensors.items() if name.startswith(prefix)
-    }

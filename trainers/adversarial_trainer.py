@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import GRPOTrainer
 
 from hf_imitate.checks import Check, check_names
-from hf_imitate.human_rows import HumanRows, render_humans, without_internal
+from hf_imitate.human_rows import ROW_COLUMN, HumanRows, render_humans, without_internal
 from hf_imitate.pairs import Learner
 from hf_imitate.plateau import Plateau
 from hf_imitate.trainers.adversarial_body import BodyWarmup
@@ -278,7 +278,11 @@ class AdversarialTrainer(AdversarialSaving, AdversarialPlan, GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
-        if self.model.training and self.game.pause is not None:
+        if not self.model.training:
+            return output
+        # A checkpoint says by its rows what a generation batch was asked, not by their tokens.
+        output[ROW_COLUMN] = torch.tensor([row[ROW_COLUMN] for row in inputs], device=output["prompt_ids"].device)
+        if self.game.pause is not None:
             output["advantages"] = torch.zeros_like(output["advantages"])
         return output
 

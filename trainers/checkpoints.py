@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
+from transformers.training_args import HubStrategy
 
 from hf_imitate.human_rows import HumanRow
 
@@ -18,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 LAST_WRITTEN = "trainer_state.json"
 STATE = "adversarial_state"  # and the number of the process
-STATE_VERSION = 3
+STATE_VERSION = 4
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -155,6 +156,22 @@ def data_digest(prompts: Iterable[Any], answered: Mapping[int, HumanRow]) -> str
         row = answered.get(number - 1)
         text.update(repr((prompt, row and (row.answer, row.weight))).encode("utf-8", "replace"))
     return f"{number} rows, {text.hexdigest()[:16]}"
+
+
+def check_hub_strategy(args: TrainingArguments) -> None:
+    """Refuse to show everybody what a run is taken up from; called by the configs, before a model loads.
+
+    Raises:
+        ValueError: checkpoints would be pushed to a public repository.
+    """
+    strategy = HubStrategy(args.hub_strategy)
+    pushes_them = args.push_to_hub and strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
+    if pushes_them and args.hub_private_repo is False:
+        raise ValueError(
+            f"`hub_strategy` is {strategy.value!r} and `hub_private_repo` is False, so everybody could read what "
+            "serves the run alone, of an adversarial one the imitator's answers to the training questions. Use "
+            "'every_save' or 'end', or leave the repository private."
+        )
 
 
 class TakeUpTheLog(TrainerCallback):

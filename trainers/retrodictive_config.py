@@ -7,6 +7,7 @@ import torch
 from trl import SFTConfig
 
 from hf_imitate.trainers.adversarial_config import BITS, LOWEST_BITS
+from hf_imitate.trainers.checkpoints import check_hub_strategy
 
 LOSS_REDUCTIONS = ("answer", "token")
 
@@ -68,6 +69,7 @@ class RetrodictiveConfig(SFTConfig):
             raise ValueError(f"`learning_rate` is {self.learning_rate}; need a positive number.")
         self._check_objective()
         self._check_lengths()
+        check_hub_strategy(self)
 
     def _check_objective(self) -> None:
         """Refuse what makes the loss another one than that of log p(answer given question)."""
