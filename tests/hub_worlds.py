@@ -26,12 +26,13 @@ from trl import GRPOConfig, GRPOTrainer
 from hf_imitate import Distinguisher, Imitator, audit
 from hf_imitate.rendering import Answer
 
-TRAINERS = ("adversarial", "retrodictive", "latent")
-# Of the game, a run that is killed between two generation batches' bounds.
-BETWEEN = {"adversarial": {"distinguisher_warmup_steps": 1, "steps_per_generation": 2, "replay_ratio": 0.5}}
-QUESTIONS = {"latent": ["a b", "c d", "e"], **{name: ["Item 3:", "Item 10:", "Item 4:"] for name in TRAINERS[:2]}}
-ANSWERS = {"latent": ["a a", "c", "f f b"], **{name: ["abc", "de", "vwxyz"] for name in TRAINERS[:2]}}
-BASES = {"latent": "me/words", "adversarial": "me/base", "retrodictive": "me/base"}
+TRAINERS = ("adversarial", "ensemble", "retrodictive", "latent")
+GAMES = TRAINERS[:2]  # of the second, the distinguisher is two whose logits add
+# A game that is killed after its second step is killed in the middle of a generation batch.
+IN_THE_MIDDLE = {"distinguisher_warmup_steps": 1, "steps_per_generation": 2, "replay_ratio": 0.5}
+QUESTIONS = {name: ["Item 3:", "Item 10:", "Item 4:"] for name in TRAINERS} | {"latent": ["a b", "c d", "e"]}
+ANSWERS = {name: ["abc", "de", "vwxyz"] for name in TRAINERS} | {"latent": ["a a", "c", "f f b"]}
+BASES = dict.fromkeys(TRAINERS, "me/base") | {"latent": "me/words"}
 SAVING = {"save_strategy": "steps", "save_steps": 1}
 
 
@@ -43,7 +44,9 @@ def name_of(trainer: str, full: bool) -> str:
 def make(folder: Path, trainer: str, full: bool, model: Any = None, **changes: Any) -> Any:
     """A trainer whose base lies on the Hub, or is `model`."""
     base = BASES[trainer] if model is None else model
-    if trainer == "adversarial":
+    if trainer == "ensemble":
+        changes.setdefault("arguments", {})["distinguisher"] = [None, "ngram"]
+    if trainer in GAMES:
         return tiny_runs.make(folder, base, full=full, distinguisher_learning_rate=1e-2, **changes)
     if trainer == "retrodictive":
         return exact_runs.make(folder, base, adapter=not full, **{"max_steps": 2, **changes})
@@ -73,7 +76,10 @@ def says(imitator: Imitator, trainer: str) -> dict[str, Any]:
 
 def weights(trainer: Any) -> dict[str, torch.Tensor]:
     """Every number that is trained."""
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "lora" in name}
+    parameters = {name: p for name, p in trainer.model.named_parameters() if "lora" in name}
+    if hasattr(trainer, "game"):
+        parameters |= {f"distinguisher.{i}": p for i, p in enumerate(trainer.game.learner.parameters)}
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
 
 def train_and_push(folder: str, bases: dict[str, str]) -> None:
@@ -91,8 +97,9 @@ def train_and_push(folder: str, bases: dict[str, str]) -> None:
             pushed = run.push_to_hub(commit_message="Two steps")
             again = run.push_to_hub(commit_message="The same")
             tensors[f"{name}.logits"] = logits(run.model, trainer)
-            if trainer == "adversarial":
+            if trainer in GAMES:
                 tensors[f"{name}.human"] = human_logits(run.distinguisher)
+                tensors[f"{name}.first"] = human_logits(members(run.distinguisher)[0])
             notes[name] = {
                 **says(Imitator.from_pretrained(own / "run", device="cpu"), trainer),
                 "oids": [pushed.oid, again.oid, api.model_info(name).sha],
@@ -104,7 +111,7 @@ def train_and_push(folder: str, bases: dict[str, str]) -> None:
             }
             shutil.rmtree(own)
     for trainer in TRAINERS:
-        own = BETWEEN.get(trainer, {})
+        own = IN_THE_MIDDLE if trainer in GAMES else {}
         whole = make(Path(folder) / "whole", trainer, False, max_steps=3, **own)
         latent_worlds.train(whole)
         tensors |= {f"{trainer}-whole.{key}": value for key, value in weights(whole).items()}
@@ -153,20 +160,28 @@ def load_back(folder: str) -> dict[str, Any]:
                     exec(block, {})
                 assert shown.getvalue()
             found[name]["blocks"] = len(printed_code(name))
-            if trainer == "adversarial":
-                found[name]["human"] = human_gaps(name, tensors[f"{name}.human"])
+            if trainer in GAMES:
+                found[name]["human"] = human_gaps(name, tensors[f"{name}.human"], tensors[f"{name}.first"])
     return found
 
 
-def human_gaps(name: str, expected: torch.Tensor) -> dict[str, float]:
-    """The distinguisher by its own loader, and its text part by plain PEFT."""
-    own = human_logits(Distinguisher.from_pretrained(name, device="cpu"))
+def members(distinguisher: Any) -> list[Any]:
+    """Those of an ensemble, or the distinguisher itself."""
+    return getattr(distinguisher, "members", [distinguisher])
+
+
+def human_gaps(name: str, expected: torch.Tensor, of_first: torch.Tensor) -> dict[str, float]:
+    """The distinguisher by its own loader and by an imitator's, and its text part, or its first member's, by PEFT."""
+    loaded = Distinguisher.from_pretrained(name, device="cpu")
+    beside = Imitator.from_pretrained(name, device="cpu").distinguisher
+    own = torch.stack([human_logits(loaded), human_logits(beside)])
+    folder = "distinguisher" if len(members(loaded)) == 1 else "distinguisher/0"
     plain = AutoModelForSequenceClassification.from_pretrained(
-        name, num_labels=1, adapter_kwargs={"subfolder": "distinguisher"}
+        name, num_labels=1, adapter_kwargs={"subfolder": folder}
     )
     tokenizer, gaps = AutoTokenizer.from_pretrained(name), [0.0]
     pairs = zip(QUESTIONS["adversarial"], ANSWERS["adversarial"], strict=True)
-    for (question, answer), logit in zip(pairs, expected, strict=True):
+    for (question, answer), logit in zip(pairs, of_first, strict=True):
         ids = tokenizer(question)["input_ids"] + tokenizer(answer)["input_ids"] + [tokenizer.eos_token_id]
         with torch.no_grad():
             gaps.append((plain(input_ids=torch.tensor([ids])).logits[0, 0] - logit).abs().item())
@@ -178,7 +193,13 @@ def go_on(folder: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     tensors, found = remembered(folder), {}
     for trainer in TRAINERS:
-        run = make(Path(folder) / "resumed" / trainer, trainer, False, max_steps=3, **BETWEEN.get(trainer, {}))
+        run = make(
+            Path(folder) / "resumed" / trainer,
+            trainer,
+            False,
+            max_steps=3,
+            **(IN_THE_MIDDLE if trainer in GAMES else {}),
+        )
         latent_worlds.train(run, resume_from_checkpoint=f"me/{trainer}-killed")
         pairs = [(value, tensors[f"{trainer}-whole.{key}"]) for key, value in weights(run).items()]
         found[f"{trainer} resumed"] = max((one - other).abs().max().item() for one, other in pairs)

@@ -21,11 +21,12 @@ from hf_imitate import Imitator, RetrodictiveTrainer
 
 pytestmark = pytest.mark.timeout(1200)  # three processes, on a machine that may be busy
 
-TRAINERS = ("adversarial", "retrodictive", "latent")
+TRAINERS = ("adversarial", "ensemble", "retrodictive", "latent")
 NAMES = [f"me/{trainer}-{kind}" for trainer in TRAINERS for kind in ("adapter", "full")]
 CARD = {"README.md", "imitation.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
-BESIDE = {"adversarial": {"checks.json", *ADAPTER}, "retrodictive": set(), "latent": ADAPTER}
+OF_TWO = {"checks.json", "0/checks.json", *(f"0/{name}" for name in ADAPTER), "1/checks.json", "1/ngram.safetensors"}
+BESIDE = {"adversarial": {"checks.json", *ADAPTER}, "ensemble": OF_TWO, "retrodictive": set(), "latent": ADAPTER}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def trips(tmp_path_factory, tiny_model_dir):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_push_is_one_private_commit_that_holds_all_of_it_and_no_more(trips, name):
     note, trainer = trips["notes"][name], re.match(r"me/(\w+)-", name)[1]
-    beside = {"adversarial": "distinguisher", "latent": "retrodictor"}.get(trainer)
+    beside = "retrodictor" if trainer == "latent" else "distinguisher"
     own = ADAPTER if name.endswith("adapter") else {"config.json", "model.safetensors"}
     assert set(note["files"]) == {".gitattributes", *CARD, *own, *(f"{beside}/{file}" for file in BESIDE[trainer])}
     assert note["private"]
@@ -85,7 +86,7 @@ def test_answers_and_log_probs_are_those_of_the_seed_before_and_after(trips, nam
     assert trips["notes"][name]["verified"]
 
 
-@pytest.mark.parametrize("name", NAMES[:2])
+@pytest.mark.parametrize("name", NAMES[:4])
 def test_the_distinguisher_gives_the_very_logits_and_its_text_part_nearly_by_plain_peft(trips, name):
     gaps = trips["loaded"][name]["human"]
     assert gaps["own"] == 0.0
@@ -95,8 +96,7 @@ def test_the_distinguisher_gives_the_very_logits_and_its_text_part_nearly_by_pla
 @pytest.mark.parametrize("name", NAMES)
 def test_all_code_in_the_pushed_card_runs_as_printed(trips, name):
     """Each block was run by the process that loaded it; the distinguisher's is one more, a thinker's two fewer."""
-    adversarial, latent = name.startswith("me/adversarial"), name.startswith("me/latent")
-    assert trips["loaded"][name]["blocks"] == (4 if adversarial else 2 if latent else 3)
+    assert trips["loaded"][name]["blocks"] == (4 if name in NAMES[:4] else 2 if "latent" in name else 3)
 
 
 @pytest.mark.parametrize("name", NAMES)
