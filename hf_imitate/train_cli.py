@@ -57,7 +57,10 @@ def train(name: str, argv: list[str]) -> int:
         print(f"hf-imitate {name}: error: {error}", file=sys.stderr)
         return 2
     if is_launched or not (launch_arguments or _needs_several_processes()):
-        _run(name, *settings)
+        try:
+            _run(name, *settings)
+        except KeyboardInterrupt:
+            return 130  # what is left was said by the trainer
         return 0
     return _launch(name, launch_arguments, _without_subsequence(argv, from_line))
 

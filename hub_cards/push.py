@@ -53,7 +53,7 @@ AUDIT_FILES = ("*/audit.json", "*/audit.md", "*/plan.json", "*/power.json", "*/p
 
 _MADE_BY_AUDITS = ("audit.json", "plan.json")
 
-RUN_FILES = (*_STATES, "_latent_state*")
+RUN_FILES = (*_STATES, "_latent_state*", "_retrodictive_state*")
 """What a checkpoint holds beyond the imitator, to go on from; pushed only beside it, to a private repository."""
 
 REPLACED_FILES = (

@@ -23,7 +23,6 @@ from hf_imitate.trainers.checkpoints import (
     damage,
     data_digest,
     newest_complete_checkpoint,
-    withdraw,
 )
 
 SAVING = {"save_strategy": "steps", "save_steps": 1}
@@ -122,12 +121,6 @@ def test_a_checkpoint_that_is_written_again_is_no_checkpoint_until_it_is_done(ou
     train(again, resume_from_checkpoint=str(output / "checkpoint-1"))
     assert marked == [False]
     assert damage(output / "checkpoint-2") is None
-
-
-def test_saving_elsewhere_withdraws_nothing(tmp_path):
-    (tmp_path / LAST_WRITTEN).write_text("{}")
-    assert not withdraw(tmp_path, 0)
-    assert (tmp_path / LAST_WRITTEN).exists()
 
 
 # --- of this run or not

@@ -136,6 +136,10 @@ class AdversarialConfig(GRPOConfig):
     truncated_answers: str = field(default="score", metadata={"help": "'score', 'drop' or 'penalty'."})
     allow_unlabelled: bool = field(default=False, metadata={"help": "Allow rows with completion=None."})
     freeze_imitator: bool = field(default=False, metadata={"help": "Only the distinguisher learns."})
+    force_resume: bool = field(
+        default=False,
+        metadata={"help": "Resume although a setting of the run is another.", "aliases": ["--force"]},
+    )
 
     def __post_init__(self):
         on_cpu = self.use_cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())

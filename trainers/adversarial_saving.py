@@ -23,8 +23,10 @@ from hf_imitate.trainers.checkpoints import (
     STATE_VERSION,
     TakeUpTheLog,
     check_resumable,
-    checkpoint_to_resume,
+    damage,
     data_digest,
+    model_facts,
+    settings_of_the_course,
 )
 from hf_imitate.trainers.imitator_saving import LIBRARIES, ImitatorSaving
 from hf_imitate.trainers.phases import DISTINGUISHER_WARMUP, GAME, Phases
@@ -32,7 +34,8 @@ from hf_imitate.trainers.phases import DISTINGUISHER_WARMUP, GAME, Phases
 logger = logging.getLogger(__name__)
 
 _OF_QUESTIONS = ("prompt_ids", "prompt_mask")  # in a generation batch
-_NO_SETTINGS = ("hub_private_repo", "gradient_checkpointing", "activation_checkpointing")  # of a machine or a push
+# Of a machine, a push, a resumed run.
+_NO_SETTINGS = ("hub_private_repo", "gradient_checkpointing", "activation_checkpointing", "force_resume")
 OWN_SETTINGS = (
     *(
         field.name
@@ -40,13 +43,6 @@ OWN_SETTINGS = (
         if field.name in AdversarialConfig.__annotations__ and field.name not in _NO_SETTINGS
     ),
     *("num_generations", "max_completion_length", "temperature", "max_steps", "num_train_epochs", "beta", "seed"),
-)
-# A resumed run may be longer; whatever else these say would mean something else from there on.
-FIXED_SETTINGS = (
-    *(name for name in OWN_SETTINGS if name not in ("max_steps", "num_train_epochs")),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations"),
-    *("lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "epsilon", "reward_weights"),
-    *("shuffle_dataset", "data_seed"),
 )
 
 
@@ -69,13 +65,9 @@ class AdversarialSaving(ImitatorSaving):
         self._unlogged = None
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
-    def checkpoint_to_resume(self) -> Path:
-        """The newest checkpoint that holds the whole game.
-
-        Raises:
-            ValueError: there is none.
-        """
-        return checkpoint_to_resume(self.args.output_dir)
+    def lack_of(self, checkpoint: Path) -> str | None:
+        """The first file, of any process, that is missing, cut off or altered; `None` if all are whole."""
+        return damage(checkpoint)
 
     def check_checkpoint(self, checkpoint: str) -> None:
         """Check that the game can be taken up, before anything is loaded.
@@ -83,7 +75,7 @@ class AdversarialSaving(ImitatorSaving):
         Raises:
             FileNotFoundError, ValueError: as [`~hf_imitate.trainers.checkpoints.check_resumable`].
         """
-        check_resumable(checkpoint, self.accelerator.process_index, self._run_facts())
+        check_resumable(checkpoint, self.accelerator.process_index, self._run_facts(), self.args.force_resume)
 
     def _run_facts(self) -> dict[str, Any]:
         """What a run has to share with the one whose checkpoint it takes up, as JSON gives it back."""
@@ -94,9 +86,9 @@ class AdversarialSaving(ImitatorSaving):
             "train_dataset": self._digest,
             "checks": self.distinguisher.check_names,
             "reward_funcs": self.reward_func_names,
-            "imitator": "an adapter" if isinstance(self.model, PeftModel) else "all weights",
             "distinguisher": f"{sum(p.numel() for p in self.game.learner.parameters)} trained numbers",
-            **{name: getattr(self.args, name) for name in FIXED_SETTINGS},
+            **model_facts(self.model),
+            **settings_of_the_course(self.args),
         }
         return json.loads(json.dumps(facts, default=str))
 
@@ -254,9 +246,7 @@ class AdversarialSaving(ImitatorSaving):
         self._unlogged = unlogged
         self._metrics["train"].clear()
         self._metrics["train"].update(unlogged["metrics"])
-        self._tally.flush("train")
-        for name, (total, count) in unlogged["tally"].items():
-            self._tally.add("train", name, total, count)
+        self._tally.take_up("train", unlogged["tally"])
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if not isinstance(self.model, PeftModel):

@@ -1,19 +1,23 @@
 """Which checkpoints of a run can be resumed: a crash, a kill or a full disk may leave the newest one half written."""
 
+import dataclasses
 import hashlib
 import json
 import logging
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
+from peft import PeftModel
 from transformers import TrainerCallback, TrainingArguments
 from transformers.training_args import HubStrategy
 
 from hf_imitate.human_rows import HumanRow
+from hf_imitate.trainers.atomic_checkpoints import is_marked, marked_damage
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +25,20 @@ LAST_WRITTEN = "trainer_state.json"
 STATE = "adversarial_state"  # and the number of the process
 STATE_VERSION = 4
 _NAME = re.compile(r"checkpoint-(\d+)")
+# Settings, by how their names begin, that leave the course of a training as it is: where and when something is logged,
+# saved, evaluated or pushed, and on what machine. How long a run is stands under `_depends_on_length`.
+_NO_COURSE = (
+    *("output_dir", "disable_tqdm", "resume_from_checkpoint", "force_resume", "run_name", "project", "report_to"),
+    *("log", "trackio_", "include_", "num_completions_to_print", "debug", "skip_memory_metrics", "do_"),
+    *("eval_", "per_device_eval_", "prediction_loss_only", "batch_eval_", "bf16_full_eval", "fp16_full_eval"),
+    *("num_generations_eval", "num_thoughts_eval", "load_best_model", "metric_for_best", "greater_is_better"),
+    *("save_", "push_to_hub", "hub_", "enable_jit_checkpoint", "restore_callback_states", "max_steps"),
+    *("num_train_epochs", "dataloader_", "dataset_num_proc", "remove_unused_columns", "label_names"),
+    *("use_cpu", "local_rank", "ddp_", "fsdp", "deepspeed", "accelerator_config", "parallelism_config"),
+    *("vllm_", "torch_empty_cache", "activation_", "gradient_checkpointing", "use_cache", "cache_implementation"),
+    *("trust_remote_code", "model_init_kwargs"),
+)
+_OF_AN_ADAPTER = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "bias")
 
 
 def newest_complete_checkpoint(output_dir: str | Path, most_step: int | None = None) -> Path | None:
@@ -45,13 +63,16 @@ def checkpoints(output_dir: str | Path, most_step: int | None = None) -> list[Pa
 
 
 def damage(checkpoint: str | Path) -> str | None:
-    """What a checkpoint lacks, in plain words: its first file that is missing or cut off. `None` if it is whole.
+    """The first file of a checkpoint that is missing, cut off or altered, in plain words; `None` if it is whole.
 
-    transformers writes `trainer_state.json` after everything else of its process, so where it stands, the rest of that
-    process was written. A disk that was full or lost its power may still have cut a file off, and other processes may
-    not have been done.
+    One without a marker, from before there were any or from the Hub, is read as far as it tells: transformers writes
+    `trainer_state.json` after everything else of its process, so where it stands, the rest of that process was
+    written. A disk that was full or lost its power may still have cut a file off, and other processes may not have
+    been done.
     """
     folder = Path(checkpoint)
+    if is_marked(folder):
+        return marked_damage(folder)
     files = [folder / LAST_WRITTEN, *sorted(folder.rglob("*.safetensors"))]
     state = folder / f"{STATE}_0.json"
     if state.exists() or any(folder.glob("optimizer*")):  # else it holds weights alone, and says so when resumed
@@ -71,19 +92,6 @@ def damage(checkpoint: str | Path) -> str | None:
         if not is_whole(file):
             return f"{file.relative_to(folder)} is cut off"
     return None
-
-
-def withdraw(folder: Path, process: int) -> bool:
-    """Unmark a checkpoint that is about to be written again, so that a kill in between leaves no mixture of two.
-
-    Returns:
-        Whether `folder` is a checkpoint's.
-    """
-    if not _NAME.fullmatch(folder.name):
-        return False
-    for name in (LAST_WRITTEN, f"{STATE}_{process}.json"):
-        (folder / name).unlink(missing_ok=True)
-    return True
 
 
 def checkpoint_to_resume(output_dir: str | Path, damage: Callable[[Path], str | None] = damage) -> Path:
@@ -107,13 +115,14 @@ def checkpoint_to_resume(output_dir: str | Path, damage: Callable[[Path], str | 
     )
 
 
-def check_resumable(checkpoint: str | Path, process: int, facts: Mapping[str, Any]) -> None:
-    """Check that a run can be taken up, before anything is loaded.
+def check_resumable(checkpoint: str | Path, process: int, facts: Mapping[str, Any], is_forced: bool = False) -> None:
+    """Check that a game can be taken up, before anything is loaded.
 
     Args:
         checkpoint (`str` or `Path`): where from.
         process (`int`): number of this process.
         facts (`Mapping`): what the run that takes it up must share with the one that left it, as JSON gives it back.
+        is_forced (`bool`, *optional*, defaults to `False`): warn of another setting instead.
 
     Raises:
         FileNotFoundError: it holds no state of a game.
@@ -129,24 +138,96 @@ def check_resumable(checkpoint: str | Path, process: int, facts: Mapping[str, An
         )
     lack = damage(folder)
     if lack is not None:
+        raise ValueError(not_whole(folder, lack))
+    stored = stored_state(state, STATE_VERSION)
+    # Replay knows rows by their number, and the trained numbers of the distinguisher are loaded one by one.
+    check_same_run(folder, stored["run"], facts, is_forced, needed=("train_dataset", "distinguisher"))
+
+
+def not_whole(checkpoint: str | Path, lack: str) -> str:
+    """What is said of a checkpoint that was named and cannot be resumed."""
+    return f"{checkpoint} is not whole: {lack}. `resume_from_checkpoint=True` finds the newest checkpoint that is."
+
+
+def stored_state(file: Path, version: int) -> dict[str, Any]:
+    """The state of a run that a checkpoint holds beside what transformers writes.
+
+    Raises:
+        ValueError: it is of another version.
+    """
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    if stored["version"] != version:
         raise ValueError(
-            f"{folder} is not whole: {lack}. `resume_from_checkpoint=True` finds the newest checkpoint that is."
-        )
-    stored = json.loads(state.read_text(encoding="utf-8"))
-    if stored["version"] != STATE_VERSION:
-        raise ValueError(
-            f"{state.name} in {folder} is of version {stored['version']}, and {STATE_VERSION} is needed. Resume it "
+            f"{file.name} in {file.parent} is of version {stored['version']}, and {version} is needed. Resume it "
             "with the hf-imitate that wrote it."
         )
-    was = stored["run"]
-    changed = [
-        f"`{name}` was {was.get(name)!r} and is {value!r}" for name, value in facts.items() if was.get(name) != value
-    ]
-    if changed:
-        raise ValueError(
-            f"{folder} is of another run: {'; '.join(changed)}. Give what was saved. To go on otherwise, start anew "
-            "from its imitator as `model` and `Distinguisher.from_pretrained(checkpoint)` as `distinguisher`."
+    return stored
+
+
+def check_same_run(
+    checkpoint: Path,
+    was: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    is_forced: bool,
+    needed: Collection[str] = (),
+) -> None:
+    """Check that a run goes on under the settings it was left with.
+
+    Args:
+        checkpoint (`Path`): where from.
+        was (`Mapping`): the facts of the run that left it.
+        facts (`Mapping`): those of the run that takes it up; what only one of them knows is not compared.
+        is_forced (`bool`): warn of another setting instead.
+        needed (`Collection[str]`, *optional*): facts without which it cannot be loaded, forced or not.
+
+    Raises:
+        ValueError: a fact is another; the message names it.
+    """
+    changed = {name: facts[name] for name in was if name in facts and facts[name] != was[name]}
+    if not changed:
+        return
+    told = "; ".join(f"`{name}` was {was[name]!r} and is {value!r}" for name, value in changed.items())
+    if is_forced and not changed.keys() & {"num_processes", "imitator", *needed}:
+        logger.warning(
+            "%s is of another run: %s. It goes on all the same, and no longer to the same bits.", checkpoint, told
         )
+        return
+    way_out = (
+        "`force_resume=True` (`--force`) does not help here: it could not be loaded."
+        if is_forced
+        else "`force_resume=True` (`--force`) goes on all the same, where it can be loaded."
+    )
+    raise ValueError(f"{checkpoint} is of another run: {told}. Give what was saved. {way_out}")
+
+
+def settings_of_the_course(args: Any) -> dict[str, Any]:
+    """The settings on which a run's course depends, by name: all but those that are known not to touch it."""
+    names = [field.name for field in dataclasses.fields(args) if not field.name.startswith(_NO_COURSE)]
+    names += ["dataloader_drop_last"]
+    if _depends_on_length(args):
+        names += ["max_steps"] if args.max_steps > 0 else ["num_train_epochs"]
+    return {name: getattr(args, name) for name in names}
+
+
+def _depends_on_length(args: Any) -> bool:
+    """Whether the learning rate of a step depends on how many steps there are; if not, a run may be made longer."""
+    schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    has_share = 0 < (args.warmup_steps or 0) < 1
+    return schedule != "constant" and (schedule not in ("constant_with_warmup", "inverse_sqrt") or has_share)
+
+
+def model_facts(model: Any) -> dict[str, Any]:
+    """What a run's models must share with those of the run it takes up."""
+    facts: dict[str, Any] = {
+        "imitator": "an adapter" if isinstance(model, PeftModel) else "all weights",
+        "dtype": str(model.dtype),
+    }
+    for name, config in getattr(model, "peft_config", {}).items() if isinstance(model, PeftModel) else ():
+        whose = "peft_config" if name == "default" else f"peft_config of {name}"
+        for setting in _OF_AN_ADAPTER:
+            value = getattr(config, setting, None)
+            facts[f"{whose}.{setting}"] = sorted(value) if isinstance(value, set) else value
+    return facts
 
 
 def data_digest(prompts: Iterable[Any], answered: Mapping[int, HumanRow]) -> str:
@@ -172,6 +253,15 @@ def check_hub_strategy(args: TrainingArguments) -> None:
             "serves the run alone, of an adversarial one the imitator's answers to the training questions. Use "
             "'every_save' or 'end', or leave the repository private."
         )
+
+
+def rows_digest(dataset: Dataset) -> str:
+    """Number of prepared rows, and a hash of them in their order."""
+    text = hashlib.sha256()
+    for batch in dataset.with_format("arrow").iter(1000):
+        for row in batch.to_pylist():
+            text.update(repr(sorted(row.items())).encode("utf-8", "replace"))
+    return f"{len(dataset)} rows, {text.hexdigest()[:16]}"
 
 
 class TakeUpTheLog(TrainerCallback):

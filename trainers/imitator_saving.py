@@ -26,7 +26,9 @@ from hf_imitate.hub_cards.card_file import (
 )
 from hf_imitate.hub_cards.facts import CardFacts, Paper, hub_id_or_none
 from hf_imitate.hub_cards.push import push_folder
-from hf_imitate.trainers.checkpoints import LAST_WRITTEN, checkpoint_to_resume, is_whole, withdraw
+from hf_imitate.trainers.atomic_checkpoints import is_marked, marked_damage
+from hf_imitate.trainers.atomic_saving import AtomicSaving
+from hf_imitate.trainers.checkpoints import LAST_WRITTEN, checkpoint_to_resume, is_whole, not_whole
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +37,12 @@ CURVES = ("distinguisher/", "answers/", "checks/", "retrodiction/", "thoughts/")
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 
-class ImitatorSaving:
+class ImitatorSaving(AtomicSaving):
     """The half of a trainer that writes and reads files.
 
     Comes before TRL's trainer among the bases. The trainer states `trained_law`, `imitation_facts` and `card_facts`.
-    One with a second model says by `published_models` and `save_beside` how it is published, and by
-    `checkpoint_to_resume` and `check_checkpoint` what a resumed run needs.
+    One with a second model says by `published_models` and `save_beside` how it is published; each says by `lack_of` and
+    `check_checkpoint` what a resumed run needs.
     """
 
     def __init__(self, *args, **kwargs):
@@ -75,6 +77,7 @@ class ImitatorSaving:
         """
         if self.args.push_to_hub:
             self._check_base_can_be_pushed()
+        self.prepare_output_dir()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(self.checkpoint_to_resume())
         elif resume_from_checkpoint and hub_id_or_none(resume_from_checkpoint) is not None:
@@ -116,25 +119,26 @@ class ImitatorSaving:
             )
 
     def checkpoint_to_resume(self) -> Path:
-        """The newest complete checkpoint in the run's folder.
+        """The newest complete checkpoint in the run's folder; the log names those passed over.
 
         Raises:
             ValueError: there is none.
         """
-        return checkpoint_to_resume(self.args.output_dir, damage)
+        return checkpoint_to_resume(self.args.output_dir, self.lack_of)
+
+    def lack_of(self, checkpoint: Path) -> str | None:
+        """The first file of a checkpoint that is missing, cut off or altered; `None` if it is whole."""
+        return damage(checkpoint)
 
     def check_checkpoint(self, checkpoint: str) -> None:
         """Check that a run can be taken up, before anything is loaded.
 
         Raises:
-            ValueError: a file is missing or cut off.
+            ValueError: a file is missing, cut off or altered.
         """
-        lack = damage(checkpoint)
+        lack = self.lack_of(Path(checkpoint))
         if lack is not None:
-            raise ValueError(
-                f"{checkpoint} is not whole: {lack}. `resume_from_checkpoint=True` finds the newest checkpoint that "
-                "is."
-            )
+            raise ValueError(not_whole(checkpoint, lack))
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As in transformers, but no batch where the run has already seen its last step."""
@@ -160,8 +164,6 @@ class ImitatorSaving:
         """Save the imitator as it is published: its weights, its law and how it was made."""
         folder = Path(output_dir or self.args.output_dir)
         self._wait_for_push(folder)
-        if _internal_call and withdraw(folder, self.accelerator.process_index):
-            self.accelerator.wait_for_everyone()
         self._name_base_revisions()
         audited = self._audited_weights(folder)
         super().save_model(str(folder), _internal_call=True)
@@ -332,8 +334,9 @@ class ImitatorSaving:
 
     def _push_from_checkpoint(self, checkpoint_folder):
         # A checkpoint holds the whole repo already; TRL's own would copy the imitator's files alone, and push the rest
-        # of the output folder stale. It is whole once every process has written its part.
-        self.accelerator.wait_for_everyone()
+        # of the output folder stale.
+        if self._unfinished is not None:
+            return  # not yet at its place; from there it is pushed
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         if not self.args.hub_always_push and self.push_in_progress is not None and not self.push_in_progress.is_done():
@@ -370,11 +373,13 @@ def _base_commit(model: Any) -> str | None:
 
 
 def damage(checkpoint: str | Path) -> str | None:
-    """What a checkpoint of one model lacks: its first file that is missing or cut off. `None` if it is whole.
+    """What a checkpoint of one model lacks: its first file that is missing, cut off or altered. `None` if it is whole.
 
-    transformers writes `trainer_state.json` after everything else of its process.
+    Without a marker: transformers writes `trainer_state.json` after everything else of its process.
     """
     folder = Path(checkpoint)
+    if is_marked(folder):
+        return marked_damage(folder)
     files = [folder / LAST_WRITTEN, *sorted(folder.rglob("*.safetensors"))]
     states = [*folder.glob("optimizer*.pt"), *folder.glob("scheduler.pt"), *folder.glob("rng_state*.pth")]
     for file in [*files, *sorted(states)]:

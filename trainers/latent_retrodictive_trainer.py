@@ -21,7 +21,7 @@ from hf_imitate.rows import is_conversational_row
 from hf_imitate.thoughts import settle_thought_law
 from hf_imitate.trainers.adversarial_inputs import check_best_metric, check_loss, check_model
 from hf_imitate.trainers.adversarial_setup import preserved_random_state, show_total
-from hf_imitate.trainers.checkpoints import TakeUpTheLog
+from hf_imitate.trainers.checkpoints import TakeUpTheLog, rows_digest
 from hf_imitate.trainers.latent_learner import WARMUP, RetrodictorLearner, Warmup
 from hf_imitate.trainers.latent_retrodictive_config import LatentRetrodictiveConfig
 from hf_imitate.trainers.latent_rows import (
@@ -36,7 +36,6 @@ from hf_imitate.trainers.latent_setup import (
     METRICS,
     build_retrodictor,
     check_no_retrodictor,
-    digest,
     settle_padding,
 )
 from hf_imitate.trainers.latent_steps import LatentSteps
@@ -163,7 +162,7 @@ class LatentRetrodictiveTrainer(LatentSaving, SFTTrainer):
         )
         own = (self.processing_class, args, False, None)
         self.train_dataset = self._prepare_dataset(train_dataset, *own, "train")
-        self._digest = digest(self.train_dataset)
+        self._digest = rows_digest(self.train_dataset)
         if isinstance(eval_dataset, dict):
             self.eval_dataset = {name: self._prepare_dataset(one, *own, name) for name, one in eval_dataset.items()}
         elif eval_dataset is not None:

@@ -7,7 +7,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GenerationConfig
@@ -15,7 +14,14 @@ from transformers import GenerationConfig
 from hf_imitate import __version__
 from hf_imitate.hub_cards.facts import CardFacts, CardMetric
 from hf_imitate.retrodictor import RETRODICTOR
-from hf_imitate.trainers.checkpoints import checkpoint_to_resume, is_whole
+from hf_imitate.trainers.atomic_checkpoints import is_marked
+from hf_imitate.trainers.checkpoints import (
+    check_same_run,
+    is_whole,
+    model_facts,
+    settings_of_the_course,
+    stored_state,
+)
 from hf_imitate.trainers.imitator_saving import LIBRARIES, ImitatorSaving, damage
 
 logger = logging.getLogger(__name__)
@@ -27,11 +33,6 @@ OWN_SETTINGS = (
     *("retrodictor_learning_rate", "retrodictor_warmup_steps", "chat_template_kwargs", "learning_rate"),
     *("lr_scheduler_type", "optim", "max_length", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("max_steps", "num_train_epochs", "seed"),
-)
-# A resumed run may be longer; whatever else these say would mean something else from there on.
-FIXED_SETTINGS = (
-    *(name for name in OWN_SETTINGS if name not in ("max_steps", "num_train_epochs", "num_thoughts_eval")),
-    *("warmup_steps", "weight_decay", "max_grad_norm", "data_seed"),
 )
 LAW_NOTE = (
     "Plain loading gives the weights but not the law: it shows the thought and may not close it. Use `Imitator`.",
@@ -54,33 +55,9 @@ class LatentSaving(ImitatorSaving):
         self._unlogged = None
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
-    def checkpoint_to_resume(self) -> Path:
-        """The newest checkpoint that every process wrote to its end; the log names those passed over.
-
-        Raises:
-            ValueError: there is none.
-        """
-        return checkpoint_to_resume(self.args.output_dir, lacks)
-
-    def check_checkpoint(self, checkpoint: str) -> None:
-        """Check that a run can be taken up, before anything is loaded.
-
-        Raises:
-            ValueError: a file of some process is missing or cut off.
-        """
-        lack = lacks(Path(checkpoint))
-        if lack is not None:
-            raise ValueError(
-                f"{checkpoint} is not whole: {lack}. `resume_from_checkpoint=True` finds the newest checkpoint that "
-                "is."
-            )
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save imitator, retrodictor, their law and how they were made."""
-        folder = output_dir or self.args.output_dir
-        # Of an earlier write of the same checkpoint; beside newer weights it would pass for theirs.
-        self._state_path(folder).with_suffix(".json").unlink(missing_ok=True)
-        super().save_model(folder, _internal_call)
+    def lack_of(self, checkpoint: Path) -> str | None:
+        """The first file, of any process, that is missing, cut off or altered; `None` if all are whole."""
+        return lacks(checkpoint)
 
     def save_beside(self, folder: Path) -> None:
         """Save a retrodictor that has a base of its own; PEFT has written one on the imitator's base already."""
@@ -153,14 +130,25 @@ class LatentSaving(ImitatorSaving):
 
     # --- the state of a run
 
+    def check_checkpoint(self, checkpoint: str) -> None:
+        """Check that a run can be taken up, before anything is loaded.
+
+        Raises:
+            FileNotFoundError: it holds weights alone.
+            ValueError: a file is missing, cut off or altered, or the run is another one; the message names what.
+        """
+        super().check_checkpoint(checkpoint)
+        was = self._stored_state(checkpoint)["run"]
+        check_same_run(Path(checkpoint), was, self._run_facts(), self.args.force_resume, needed=("thoughts",))
+
     def _run_facts(self) -> dict[str, Any]:
         """What a run has to share with the one whose checkpoint it takes up, as JSON gives it back."""
         facts = {
             "num_processes": self.accelerator.num_processes,
-            "train_dataset": f"{self._counts['train'].num_rows} rows, {self._digest}",
-            "imitator": "an adapter" if isinstance(self.model, PeftModel) else "all weights",
+            "train_dataset": self._digest,
             "thoughts": self.thinkers.law.to_json(),
-            **{name: getattr(self.args, name) for name in FIXED_SETTINGS},
+            **model_facts(self.model),
+            **settings_of_the_course(self.args),
         }
         return json.loads(json.dumps(facts, default=str))
 
@@ -195,9 +183,7 @@ class LatentSaving(ImitatorSaving):
         self.steps.baseline = stored["baseline"]
         self.state.max_steps = self.warmup.steps + self._main_steps
         self._unlogged = stored["unlogged"]
-        self._tally.flush("train")
-        for name, (total, count) in stored["unlogged"]["tally"].items():
-            self._tally.add("train", name, total, count)
+        self._tally.take_up("train", stored["unlogged"]["tally"])
 
     def _stored_state(self, checkpoint: str) -> dict[str, Any]:
         path = self._state_path(checkpoint).with_suffix(".json")
@@ -206,22 +192,10 @@ class LatentSaving(ImitatorSaving):
                 f"{checkpoint} holds no {path.name}, so the retrodictor cannot be restored. Resume from a checkpoint "
                 "of LatentRetrodictiveTrainer that was made with `save_only_model=False`."
             )
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if stored["version"] != STATE_VERSION:
-            raise ValueError(
-                f"{path.name} in {checkpoint} is of version {stored['version']}, and {STATE_VERSION} is needed. "
-                "Resume it with the hf-imitate that wrote it."
-            )
-        was, facts = stored["run"], self._run_facts()
-        changed = [
-            f"`{name}` was {was.get(name)!r} and is {now!r}" for name, now in facts.items() if was.get(name) != now
-        ]
-        if changed:
-            raise ValueError(f"{checkpoint} is of another run: {'; '.join(changed)}. Give what was saved.")
+        stored = stored_state(path, STATE_VERSION)
         return stored
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        self._stored_state(resume_from_checkpoint)  # before anything is changed
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.learner is not None:
             for parameter in self.learner.parameters:
@@ -249,7 +223,7 @@ def lacks(checkpoint: Path) -> str | None:
     transformers marks a checkpoint as done when its first process is.
     """
     lack, first = damage(checkpoint), checkpoint / f"{STATE}_0.json"
-    if lack is not None or not first.is_file():
+    if lack is not None or is_marked(checkpoint) or not first.is_file():
         return lack  # without a state it holds weights alone, and says so when it is resumed
     if not is_whole(first):
         return f"{first.name} is cut off"

@@ -1,12 +1,10 @@
 """What [`LatentRetrodictiveTrainer`] puts together before it trains, and what it measures of each row."""
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -78,14 +76,6 @@ def build_retrodictor(
         (enable or copied.model.gradient_checkpointing_enable)()
         copied.model.enable_input_require_grads()
     return copied
-
-
-def digest(dataset: Dataset) -> str:
-    """A hash of prepared rows: a resumed run has to see the same ones."""
-    text = hashlib.sha256()
-    for row in dataset:
-        text.update(repr(sorted(row.items())).encode())
-    return text.hexdigest()[:16]
 
 
 def measure_estimates(

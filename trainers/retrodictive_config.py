@@ -48,6 +48,10 @@ class RetrodictiveConfig(SFTConfig):
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Passed to the chat template of conversational questions."}
     )
+    force_resume: bool = field(
+        default=False,
+        metadata={"help": "Resume although a setting of the run is another.", "aliases": ["--force"]},
+    )
 
     def __post_init__(self):
         on_cpu = self.use_cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())

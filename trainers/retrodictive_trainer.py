@@ -18,7 +18,8 @@ from hf_imitate.log_probs import nats_to_bits
 from hf_imitate.rendering import Renderer
 from hf_imitate.rows import is_conversational_row
 from hf_imitate.trainers.adversarial_inputs import check_best_metric, check_model
-from hf_imitate.trainers.imitator_saving import LIBRARIES, ImitatorSaving
+from hf_imitate.trainers.checkpoints import TakeUpTheLog
+from hf_imitate.trainers.imitator_saving import LIBRARIES
 from hf_imitate.trainers.retrodictive_config import RetrodictiveConfig
 from hf_imitate.trainers.retrodictive_rows import (
     ANSWER_COLUMNS,
@@ -36,6 +37,7 @@ from hf_imitate.trainers.retrodictive_rows import (
     settle_renderer,
     sums_by_row,
 )
+from hf_imitate.trainers.retrodictive_saving import RetrodictiveSaving
 from hf_imitate.trainers.tally import Tally
 
 # What decides the result, for `imitation.json` and the card.
@@ -53,7 +55,7 @@ OWN_SETTINGS = (
 )
 
 
-class RetrodictiveTrainer(ImitatorSaving, SFTTrainer):
+class RetrodictiveTrainer(RetrodictiveSaving, SFTTrainer):
     """Train a causal LM to give what humans really answered the highest log-probability.
 
     TRL's [`~trl.SFTTrainer`] under another normaliser, on rows rendered as everything here renders them. With N
@@ -166,6 +168,7 @@ class RetrodictiveTrainer(ImitatorSaving, SFTTrainer):
             }
         elif eval_dataset is not None:
             self.eval_dataset = self._prepare_dataset(eval_dataset, *own, packing, None, "eval")
+        self.add_callback(TakeUpTheLog(self))
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         if not self._is_assembled or set(PREPARED) <= set(dataset.column_names):

@@ -21,6 +21,12 @@ class Tally:
         """The sums and counts since the last flush, JSON-ready."""
         return {name: list(entry) for name, entry in self._sums[mode].items()}
 
+    def take_up(self, mode: str, state: dict[str, list[float]]) -> None:
+        """Go on from what [`Tally.state`] gave."""
+        self._sums[mode].clear()
+        for name, (total, count) in state.items():
+            self.add(mode, name, total, count)
+
     def flush(self, mode: str) -> dict[str, float]:
         """Ratios since the last flush."""
         values = {name: total / count for name, (total, count) in self._sums[mode].items() if count}
