@@ -3,18 +3,14 @@
 No message holds a row's text: columns, row numbers and counts only.
 """
 
-import contextlib
 import itertools
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from accelerate import Accelerator
-from accelerate.utils import gather
 from datasets import Dataset
 from peft import PeftModel
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_imitate.checks import Check, check_outcomes
@@ -125,38 +121,6 @@ def try_checks(checks: Sequence[Check], dataset: Dataset) -> None:
     ]
     columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
     check_outcomes(checks, [row["prompt"] for row in rows], shown, **columns)
-
-
-@contextlib.contextmanager
-def at_step(step: int) -> Iterator[None]:
-    """Say at which step of the optimizer numbers stopped being finite."""
-    try:
-        yield
-    except FloatingPointError as error:
-        raise FloatingPointError(f"At step {step}: {error}") from None
-
-
-def check_loss(loss: Tensor, model: nn.Module, accelerator: Accelerator, step: int, phase: str) -> None:
-    """Stop all processes where one has no finite loss.
-
-    Raises:
-        FloatingPointError: naming the step and the first weight that is not finite, or else the largest one.
-    """
-    if gather(loss.detach().isfinite().reshape(1)).all():
-        return
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
-    broken = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
-    if broken is None:
-        name, largest = max(((name, w.abs().max().item()) for name, w in weights.items()), key=lambda pair: pair[1])
-        found = (
-            f"every trained weight is finite, the largest is {largest:.3g} in `{name}`, so its activations overflow"
-        )
-    else:
-        found = f"the first weight that is not finite is `{broken}`"
-    raise FloatingPointError(
-        f"The imitator's loss is not finite at step {step} ({phase}): {found}. Lower `learning_rate` or "
-        "`imitator_warmup_learning_rate`, train in fp32 or bf16, and go on from a checkpoint before this step."
-    )
 
 
 def check_frozen(args: AdversarialConfig, reward_funcs: Sequence[Any], optimizers: tuple[Any, Any]) -> None:

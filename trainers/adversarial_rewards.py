@@ -136,5 +136,5 @@ def check_scores(s_imitator: Tensor, s_human: Tensor, has_human: Tensor) -> None
     if bad.any():
         raise FloatingPointError(
             f"The distinguisher's logits of {int(bad.sum())} of {bad.numel()} pairs are not finite. Lower "
-            "`distinguisher_learning_rate`, load it in fp32, or go on from a checkpoint before this step."
+            "`distinguisher_learning_rate`, or load it in fp32."
         )

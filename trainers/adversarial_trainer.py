@@ -21,14 +21,12 @@ from hf_imitate.trainers.adversarial_body import BodyWarmup
 from hf_imitate.trainers.adversarial_config import AdversarialConfig
 from hf_imitate.trainers.adversarial_game import Game
 from hf_imitate.trainers.adversarial_inputs import (
-    at_step,
     check_best_metric,
     check_data,
     check_distinguisher,
     check_evaluation,
     check_frozen,
     check_lengths,
-    check_loss,
     check_model,
     named_sets,
     try_checks,
@@ -46,6 +44,7 @@ from hf_imitate.trainers.adversarial_setup import (
     settle_renderer,
     with_row_numbers,
 )
+from hf_imitate.trainers.finite import FiniteSteps, at_step, check_loss
 from hf_imitate.trainers.phases import (
     DISTINGUISHER_LM_WARMUP,
     DISTINGUISHER_WARMUP,
@@ -65,7 +64,7 @@ def distinguisher_reward(completions, **kwargs) -> list[float]:
 distinguisher_reward.__name__ = DISTINGUISHER_REWARD
 
 
-class AdversarialTrainer(AdversarialSaving, AdversarialPlan, GRPOTrainer):
+class AdversarialTrainer(FiniteSteps, AdversarialSaving, AdversarialPlan, GRPOTrainer):
     """Train a causal LM to answer as the human would, by a game against a distinguisher.
 
     Phases of one loop, each of ordinary steps that are logged, checkpointed and resumed:

@@ -41,8 +41,8 @@ class ImitatorSaving(AtomicSaving):
     """The half of a trainer that writes and reads files.
 
     Comes before TRL's trainer among the bases. The trainer states `trained_law`, `imitation_facts` and `card_facts`.
-    One with a second model says by `published_models` and `save_beside` how it is published; each says by `lack_of` and
-    `check_checkpoint` what a resumed run needs.
+    One with a second model says by `published_models` and `save_beside` how it is published; each says by `lack_of`
+    and `check_checkpoint` what a resumed run needs.
     """
 
     def __init__(self, *args, **kwargs):

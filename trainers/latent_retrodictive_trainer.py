@@ -2,6 +2,7 @@
 
 import logging
 import textwrap
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,9 +20,10 @@ from hf_imitate.log_probs import nats_to_bits
 from hf_imitate.retrodictor import Thinkers, num_positions
 from hf_imitate.rows import is_conversational_row
 from hf_imitate.thoughts import settle_thought_law
-from hf_imitate.trainers.adversarial_inputs import check_best_metric, check_loss, check_model
+from hf_imitate.trainers.adversarial_inputs import check_best_metric, check_model
 from hf_imitate.trainers.adversarial_setup import preserved_random_state, show_total
 from hf_imitate.trainers.checkpoints import TakeUpTheLog, rows_digest
+from hf_imitate.trainers.finite import FiniteSteps, at_step, check_loss, everywhere
 from hf_imitate.trainers.latent_learner import WARMUP, RetrodictorLearner, Warmup
 from hf_imitate.trainers.latent_retrodictive_config import LatentRetrodictiveConfig
 from hf_imitate.trainers.latent_rows import (
@@ -45,7 +47,7 @@ from hf_imitate.trainers.tally import Tally
 logger = logging.getLogger(__name__)
 
 
-class LatentRetrodictiveTrainer(LatentSaving, SFTTrainer):
+class LatentRetrodictiveTrainer(FiniteSteps, LatentSaving, SFTTrainer):
     """Train a causal LM that thinks before it answers to give what humans really answered the highest log-probability.
 
     The imitator writes a hidden thought z, a delimiter, then the answer y, so log p(y | x) is a sum over thoughts. A
@@ -244,7 +246,8 @@ class LatentRetrodictiveTrainer(LatentSaving, SFTTrainer):
 
     def _step_retrodictor(self, learner: RetrodictorLearner, step: int) -> None:
         number = step - self.warmup.steps
-        learner.step(1.0 if number < 0 else self._schedule(number))
+        with at_step(step):
+            learner.step(1.0 if number < 0 else self._schedule(number))
         if number >= 0:
             return
         loss = reduce(self.steps.take_dream_loss(), reduction="mean").item()
@@ -256,21 +259,24 @@ class LatentRetrodictiveTrainer(LatentSaving, SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Minus the bound, nats per answer; a loss that is not finite is an error."""
         rows, step = inputs["rows"].rows, self.state.global_step
-        if self.model.training:
-            loss, table = self._loss(model, rows, step)
-            check_loss(loss, self.model, self.accelerator, step, self.phase)
-        else:
-            loss, table = self.steps.evaluate(rows)
+        is_training = self.model.training
+        loss, table = self._loss(
+            partial(self.steps.loss, model, rows, step) if is_training else partial(self.steps.evaluate, rows)
+        )
+        check_loss(loss, self.model, self.accelerator, step, self.phase)
         self._record(table)
         return (loss, None) if return_outputs else loss
 
-    def _loss(self, model, rows, step):
+    def _loss(self, compute: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         try:
-            return self.steps.loss(model, rows, step)
+            return compute()
         except ValueError:
-            # A log-probability is no number; the error says so without the step.
+            # A law or a log-probability is no number; the error says so without the step.
             nothing = torch.full((), torch.nan, device=self.accelerator.device)
-            check_loss(nothing, self.model, self.accelerator, step, self.phase)
+            check_loss(nothing, self.model, self.accelerator, self.state.global_step, self.phase)
+            raise
+        except FloatingPointError:
+            everywhere(False, self.accelerator)  # what the other processes wait for in `check_loss`
             raise
 
     def _record(self, table: Tensor) -> None:

@@ -106,7 +106,7 @@ class LatentSteps:
             setting = "learning_rate" if self.learner is None else "retrodictor_learning_rate"
             raise FloatingPointError(
                 f"No thought can be drawn from the {who} at step {step}: its scores are not finite. Lower "
-                f"`{setting}`, train in fp32 or bf16, and go on from a checkpoint before this step."
+                f"`{setting}`, or train in fp32 or bf16."
             ) from error
 
     def learn_in_hindsight(self, scale: float) -> None:

@@ -19,6 +19,7 @@ from hf_imitate.rendering import Renderer
 from hf_imitate.rows import is_conversational_row
 from hf_imitate.trainers.adversarial_inputs import check_best_metric, check_model
 from hf_imitate.trainers.checkpoints import TakeUpTheLog
+from hf_imitate.trainers.finite import FiniteSteps, check_loss
 from hf_imitate.trainers.imitator_saving import LIBRARIES
 from hf_imitate.trainers.retrodictive_config import RetrodictiveConfig
 from hf_imitate.trainers.retrodictive_rows import (
@@ -55,7 +56,7 @@ OWN_SETTINGS = (
 )
 
 
-class RetrodictiveTrainer(RetrodictiveSaving, SFTTrainer):
+class RetrodictiveTrainer(FiniteSteps, RetrodictiveSaving, SFTTrainer):
     """Train a causal LM to give what humans really answered the highest log-probability.
 
     TRL's [`~trl.SFTTrainer`] under another normaliser, on rows rendered as everything here renders them. With N
@@ -201,11 +202,13 @@ class RetrodictiveTrainer(RetrodictiveSaving, SFTTrainer):
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """TRL's loss, weighted, under the normaliser that was chosen; bits are recorded."""
+        """TRL's loss, weighted, under the normaliser that was chosen; one that is not finite is an error."""
         answers = {name: inputs[name] for name in (*ANSWER_COLUMNS, ROW)}
         inputs = {name: value for name, value in inputs.items() if name not in answers}
         weighing = Weighing(model, answers[WEIGHT])
         result = super().compute_loss(weighing, inputs, return_outputs, num_items_in_batch)
+        loss = result[0] if return_outputs else result
+        check_loss(loss, self.model, self.accelerator, self.state.global_step, "training")
         self._record_bits(weighing.log_p, inputs["labels"], **answers)
         if num_items_in_batch is not None or self.args.loss_reduction == "token":
             return result
