@@ -1,7 +1,7 @@
 """The distinguisher's side of an adversarial run: score a generation batch, pay the imitator, learn from it."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -59,7 +59,7 @@ class Game:
         self.accelerator, self.record = accelerator, record
         self.guard = Guard()
         self.memory = Memory(len(human_rows.train), len(human_rows.heldout))
-        self.replay = ReplayBuffer(seed=args.seed + accelerator.process_index)
+        self.replay = ReplayBuffer(seed=args.seed)  # the same on all processes
         self.heldout = Heldout(human_rows, prompts, learner, accelerator, record)
         self.surface_entries: list[Entry] | None = []  # None once they were looked at
         self.pause: str | None = None
@@ -68,8 +68,7 @@ class Game:
     def score_and_learn(
         self,
         rewards: Tensor,
-        rows: list[dict[str, Any]],
-        prompts: list,
+        batch: Round,
         completion_ids: list[list[int]],
         *,
         num_generations: int,
@@ -82,7 +81,8 @@ class Game:
         Args:
             rewards: gathered rewards of the user's functions; column 0 is the distinguisher's. [N, F] over all
                 processes, a question's generations in a row.
-            rows, prompts, completion_ids: this process's share.
+            batch: this process's share, from `round`.
+            completion_ids: of its answers.
             phase: "distinguisher_warmup" or "game"; `None` only scores.
             step: number of the generation batch's first micro-step; draws depend on it alone.
             lr_scale: share of the distinguisher's learning rate.
@@ -90,7 +90,6 @@ class Game:
         Returns:
             Rewards, [N, F]; NaN rows have left their group.
         """
-        batch = self._round(rows, prompts, completion_ids, is_train=phase is not None)
         scores = score_then_update(
             self.learner, batch, max_rows=self.learner.max_rows, **self._lesson(batch, phase, step, lr_scale)
         )
@@ -110,11 +109,18 @@ class Game:
             rewards[cut.flatten()] = torch.nan
         self._record(batch, scores, s_imitator, s_human, completion_ids)
         if phase is not None:
-            self._remember(batch, phase)
+            self._remember(batch, completion_ids, phase)
         self._watch(phase, s_imitator, s_human, cut, paid, batch)
         return rewards
 
-    def _round(self, rows, prompts, completion_ids, is_train: bool) -> Round:
+    def round(
+        self, rows: list[dict[str, Any]], prompts: list, completion_ids: list[list[int]], is_train: bool
+    ) -> Round:
+        """This process's answers beside the humans', and what the checks say of both; no process waits for another.
+
+        Raises:
+            RuntimeError, TypeError, ValueError: as [`~hf_imitate.checks.check_outcomes`].
+        """
         if is_train:
             questions = [int(row[ROW_COLUMN]) for row in rows]
             humans = [self.human_rows.rows.get(question) for question in questions]
@@ -149,29 +155,44 @@ class Game:
             if human and not batch.heldout[i] and (first + i) % self.args.num_generations < most
         ]
         ratio = self.args.replay_ratio
-        num_old = round(len(learn_from) * ratio / (1 - ratio))
-        steps = range(self.args.distinguisher_steps)
-        replayed = [self._old_pairs(num_old, step * self.args.distinguisher_steps + k) for k in steps]
+        num_new = gather(torch.tensor([len(learn_from)], device=self.accelerator.device)).sum().item()
+        num_old = round(num_new * ratio / (1 - ratio))
+        # By batches, not by micro-steps: however a step is split, it draws the same.
+        number = step // self.args.steps_per_generation * self.args.distinguisher_steps
+        replayed = [self._old_pairs(num_old, number + k) for k in range(self.args.distinguisher_steps)]
         return {"learn_from": learn_from, "replayed": replayed, "lr_scale": lr_scale}
 
     def _old_pairs(self, size: int, number: int) -> list[Pair]:
-        return [entry.pair(self.prompts, self.human_rows) for entry in self.replay.draw(size, number)]
+        """This process's share of `size` old pairs."""
+        drawn = self.replay.draw(size, number)[self.accelerator.process_index :: self.accelerator.num_processes]
+        return [entry.pair(self.prompts, self.human_rows) for entry in drawn]
 
-    def _remember(self, batch: Round, phase: str) -> None:
-        for i, human in enumerate(batch.humans):
-            if human is None:
-                continue
-            outcomes = (tuple(side[i].tolist()) for side in (batch.human_outcomes, batch.outcomes))
-            entry = Entry(batch.questions[i], batch.answers[i], *outcomes)
-            if batch.heldout[i]:
-                if phase == DISTINGUISHER_WARMUP or self.args.freeze_imitator:
-                    self.heldout.add(entry)
-                continue
-            if self.surface_entries is not None and batch.questions[i] not in batch.questions[:i]:
+    def _remember(self, batch: Round, completion_ids: list[list[int]], phase: str) -> None:
+        if phase == DISTINGUISHER_WARMUP or self.args.freeze_imitator:
+            for i, human in enumerate(batch.humans):
+                if human is not None and batch.heldout[i]:
+                    outcomes = (tuple(side[i].tolist()) for side in (batch.human_outcomes, batch.outcomes))
+                    self.heldout.add(Entry(batch.questions[i], batch.answers[i], *outcomes))
+        last = None
+        for entry in self._everyones_entries(batch, completion_ids):
+            if self.surface_entries is not None and entry.row != last:
                 self.surface_entries.append(entry)
+            last = entry.row
             self.replay.add(entry)
         if len(self.surface_entries or ()) >= NUM_SURFACE_PAIRS:
             self.audit_surface()
+
+    def _everyones_entries(self, batch: Round, completion_ids: list[list[int]]) -> Iterator[Entry]:
+        """What may be learned from again, of all processes in their order, whatever their number."""
+        device, longest = self.accelerator.device, self.args.max_completion_length
+        may = [human is not None and not held for human, held in zip(batch.humans, batch.heldout, strict=True)]
+        known = zip(may, batch.questions, completion_ids, strict=True)
+        told = [[int(is_known), row, len(ids), *ids, *[0] * (longest - len(ids))] for is_known, row, ids in known]
+        outcomes = gather(torch.stack([batch.human_outcomes, batch.outcomes], dim=1).to(device)).tolist()
+        everyones = zip(gather(torch.tensor(told, device=device)).tolist(), outcomes, strict=True)
+        for (is_known, row, length, *ids), checks in everyones:
+            if is_known:
+                yield Entry(row, self.renderer.read(ids[:length]), *map(tuple, checks))
 
     def audit_surface(self) -> None:
         """Look once, on format alone, for what would give the game away; with too few answers, later."""
@@ -179,11 +200,11 @@ class Game:
         if entries is None or len(entries) < MIN_ANSWERS:
             return
         self.surface_entries = None
-        if not self.accelerator.is_main_process:
-            return
         humans = [self.human_rows.rows[entry.row].answer for entry in entries]
         leak = audit_surface(humans, [entry.answer for entry in entries])
         self.record("surface/auc", leak.auc, 1)
+        if not self.accelerator.is_main_process:
+            return
         logger.info(leak.describe())
         if leak.leaks_of_kind("format"):
             logger.warning(

@@ -1,8 +1,9 @@
 """What [`AdversarialTrainer`] asks of rewards and of the distinguisher's scores, each with the cure in its error."""
 
+import contextlib
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,13 +43,16 @@ def check_rewards(reward_funcs: Sequence[Any], weights: Sequence[float] | None) 
         raise ValueError(f"`reward_weights` has values that are no finite numbers, at {odd}. Give finite numbers.")
 
 
-def guarded(reward: Any) -> Any:
+def guarded(reward: Any, failures: list[Exception]) -> Any:
     """A reward function whose returns are numbers or `None`, or an error that names it; models stay as they are.
 
-    Raises:
-        RuntimeError: when called: it raised. The kind of error and the place are said, not its words.
-        TypeError, ValueError: when called: it returned the wrong number of rewards, or something that is no finite
-            number.
+    The error is kept, since TRL gathers what all processes pay before it comes back: [`raise_first`] raises it then.
+
+    Args:
+        reward: the user's.
+        failures: where errors are kept: `RuntimeError` if it raised, of which the kind and the place are said, not the
+            words; `TypeError` or `ValueError` if it returned the wrong number of rewards, or something that is no
+            finite number.
     """
     if isinstance(reward, str | nn.Module):
         return reward
@@ -69,24 +73,44 @@ def guarded(reward: Any) -> Any:
 
         @functools.wraps(reward)
         async def call(prompts: list, **kwargs: Any) -> list[float | None]:
-            try:
-                returned = await reward(prompts=prompts, **kwargs)
-            except Exception as error:
-                raise RuntimeError(failure(f"reward '{name}'", error, len(prompts))) from None
-            return checked(returned, prompts)
+            with _kept(failures):
+                try:
+                    returned = await reward(prompts=prompts, **kwargs)
+                except Exception as error:
+                    raise RuntimeError(failure(f"reward '{name}'", error, len(prompts))) from None
+                return checked(returned, prompts)
+            return [None] * len(prompts)
 
     else:
 
         @functools.wraps(reward)
         def call(prompts: list, **kwargs: Any) -> list[float | None]:
-            try:
-                returned = reward(prompts=prompts, **kwargs)
-            except Exception as error:
-                raise RuntimeError(failure(f"reward '{name}'", error, len(prompts))) from None
-            return checked(returned, prompts)
+            with _kept(failures):
+                try:
+                    returned = reward(prompts=prompts, **kwargs)
+                except Exception as error:
+                    raise RuntimeError(failure(f"reward '{name}'", error, len(prompts))) from None
+                return checked(returned, prompts)
+            return [None] * len(prompts)
 
     call.__name__ = name
     return call
+
+
+@contextlib.contextmanager
+def _kept(failures: list[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        failures.append(error)
+
+
+def raise_first(failures: list[Exception]) -> None:
+    """Raise the first of the errors that were kept, and forget all."""
+    first = failures[0] if failures else None
+    failures.clear()
+    if first is not None:
+        raise first
 
 
 def _reward(value: Any, name: str, index: int) -> float | None:

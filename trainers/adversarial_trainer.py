@@ -33,7 +33,13 @@ from hf_imitate.trainers.adversarial_inputs import (
 )
 from hf_imitate.trainers.adversarial_likelihood import HumanLikelihood
 from hf_imitate.trainers.adversarial_plan import AdversarialPlan
-from hf_imitate.trainers.adversarial_rewards import DISTINGUISHER_REWARD, check_paid, check_rewards, guarded
+from hf_imitate.trainers.adversarial_rewards import (
+    DISTINGUISHER_REWARD,
+    check_paid,
+    check_rewards,
+    guarded,
+    raise_first,
+)
 from hf_imitate.trainers.adversarial_saving import AdversarialSaving
 from hf_imitate.trainers.adversarial_setup import (
     GivenDistinguisher,
@@ -53,6 +59,7 @@ from hf_imitate.trainers.phases import (
     Phases,
     warmup_caps,
 )
+from hf_imitate.trainers.ranks import agreed
 from hf_imitate.trainers.tally import Tally
 
 
@@ -169,12 +176,13 @@ class AdversarialTrainer(FiniteSteps, AdversarialSaving, AdversarialPlan, GRPOTr
         check_frozen(args, reward_funcs, optimizers)
         check_distinguisher(distinguisher)
         try_checks(self.checks, train_dataset)
+        self._failures: list[Exception] = []  # of rewards, in this generation batch
         # TRL counts the distinguisher's reward, too; the user's settings stay as they were given.
         weights, args.reward_weights = args.reward_weights, None
         try:
             super().__init__(
                 model=model,
-                reward_funcs=[distinguisher_reward, *map(guarded, reward_funcs)],
+                reward_funcs=[distinguisher_reward, *(guarded(reward, self._failures) for reward in reward_funcs)],
                 args=args,
                 train_dataset=with_row_numbers(train_dataset),
                 eval_dataset=eval_dataset,
@@ -295,13 +303,15 @@ class AdversarialTrainer(FiniteSteps, AdversarialSaving, AdversarialPlan, GRPOTr
         rewards = super()._calculate_rewards(public, prompts, completions, completion_ids_list)
         is_train = self.model.training
         phase = self.phase if is_train else None
+        with agreed(self.accelerator, self.state.global_step):
+            raise_first(self._failures)
+            batch = self.game.round(inputs, prompts, completion_ids_list, is_train)
         in_phase = self.phases.step_in_phase(self.state.global_step)
         with at_step(self.state.global_step):
             # Scores; in training it then updates the distinguisher, keeps answers for replay, and asks the guard.
             rewards = self.game.score_and_learn(
                 rewards,
-                inputs,
-                prompts,
+                batch,
                 completion_ids_list,
                 num_generations=self.num_generations if is_train else self.num_generations_eval,
                 phase=phase,

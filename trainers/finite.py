@@ -12,19 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import gather
 from torch import Tensor, nn
 
 from hf_imitate.trainers.checkpoints import checkpoints
 from hf_imitate.trainers.phases import IMITATOR_WARMUP
-
-
-def everywhere(is_fine: bool | Tensor, accelerator: Accelerator) -> bool:
-    """Whether something holds on every process: the one place where they agree, so that they stop together."""
-    flag = torch.as_tensor(is_fine, device=accelerator.device).reshape(1)
-    return bool(gather(flag).all())
+from hf_imitate.trainers.ranks import agreed, stopping_together
 
 
 @contextlib.contextmanager
@@ -42,14 +35,13 @@ def check_loss(loss: Tensor, model: nn.Module, accelerator: Accelerator, step: i
     Raises:
         FloatingPointError: naming the step and the first weight that is not finite, or else the largest one.
     """
-    is_fine = loss.detach().isfinite()
-    if everywhere(is_fine, accelerator):
-        return
-    where = f"{blame(model)}" if not is_fine else "it is finite on this process, and not on another"
-    raise FloatingPointError(
-        f"The imitator's loss is not finite at step {step} ({phase}): {where}. Lower `learning_rate`"
-        f"{' or `imitator_warmup_learning_rate`' if phase == IMITATOR_WARMUP else ''}, or train in fp32 or bf16."
-    )
+    with agreed(accelerator, step):
+        if not loss.detach().isfinite():
+            raise FloatingPointError(
+                f"The imitator's loss is not finite at step {step} ({phase}): {blame(model)}. Lower `learning_rate`"
+                f"{' or `imitator_warmup_learning_rate`' if phase == IMITATOR_WARMUP else ''}, or train in fp32 or "
+                "bf16."
+            )
 
 
 def blame(model: nn.Module) -> str:
@@ -67,17 +59,19 @@ def blame(model: nn.Module) -> str:
 class FiniteSteps:
     """The part of a trainer that ends a run where numbers are not finite. Comes first among the bases."""
 
+    @stopping_together
     def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
         """As in transformers.
 
         Raises:
             FloatingPointError: a number of the run is not finite; the message names the step and the newest complete
                 checkpoint before it.
+            ProcessFailure: of several processes one failed, perhaps another one.
         """
         try:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         except FloatingPointError as error:
-            raise FloatingPointError(f"{error} {self._where_to_go_on()}") from None
+            raise type(error)(f"{error} {self._where_to_go_on()}") from None
 
     def _where_to_go_on(self) -> str:
         # The weights of the step at hand are those whose numbers broke, though their checkpoint may be whole.

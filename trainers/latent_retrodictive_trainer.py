@@ -23,7 +23,7 @@ from hf_imitate.thoughts import settle_thought_law
 from hf_imitate.trainers.adversarial_inputs import check_best_metric, check_model
 from hf_imitate.trainers.adversarial_setup import preserved_random_state, show_total
 from hf_imitate.trainers.checkpoints import TakeUpTheLog, rows_digest
-from hf_imitate.trainers.finite import FiniteSteps, at_step, check_loss, everywhere
+from hf_imitate.trainers.finite import FiniteSteps, at_step, check_loss
 from hf_imitate.trainers.latent_learner import WARMUP, RetrodictorLearner, Warmup
 from hf_imitate.trainers.latent_retrodictive_config import LatentRetrodictiveConfig
 from hf_imitate.trainers.latent_rows import (
@@ -41,6 +41,7 @@ from hf_imitate.trainers.latent_setup import (
     settle_padding,
 )
 from hf_imitate.trainers.latent_steps import LatentSteps
+from hf_imitate.trainers.ranks import agreed
 from hf_imitate.trainers.retrodictive_rows import RowCounts, settle_renderer
 from hf_imitate.trainers.tally import Tally
 
@@ -276,8 +277,8 @@ class LatentRetrodictiveTrainer(FiniteSteps, LatentSaving, SFTTrainer):
             check_loss(nothing, self.model, self.accelerator, self.state.global_step, self.phase)
             raise
         except FloatingPointError:
-            everywhere(False, self.accelerator)  # what the other processes wait for in `check_loss`
-            raise
+            with agreed(self.accelerator, self.state.global_step):  # where the others are in `check_loss`
+                raise
 
     def _record(self, table: Tensor) -> None:
         # By row, so that those which only fill the last batch of several processes are left out.

@@ -1,0 +1,246 @@
+"""One run in two processes and in one: the same numbers; and what the others hear when one process fails.
+
+Each function starts its processes by `torch.distributed.run` over gloo (`accelerate launch --cpu` would start one),
+and returns what JSON can hold. `python -m benchmarks.worlds.ranks` prints them all.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from torch import Tensor
+from transformers import TrainerCallback
+
+from benchmarks.worlds import digits
+from hf_imitate import AdversarialConfig, AdversarialTrainer, RetrodictiveConfig, RetrodictiveTrainer
+
+CHECKOUT = Path(__file__).resolve().parent.parent.parent
+NUM_STEPS = 20
+NUM_ROWS = 64
+LONGEST = 10
+# By name: what is trained, how many answers a process has in a batch, batches in a step, answers to a question.
+SPLITS: dict[str, dict[str, Any]] = {
+    "lora": {"batch": 4, "accumulate": 1, "generations": 4},
+    "full": {"batch": 4, "accumulate": 1, "generations": 4, "full": True},
+    "a question on two processes": {"batch": 4, "accumulate": 1, "generations": 8},
+    "accumulated": {"batch": 2, "accumulate": 2, "generations": 4},
+    "retrodictive": {"batch": 4, "accumulate": 1},
+    "retrodictive, accumulated, full": {"batch": 2, "accumulate": 2, "full": True},
+}
+# The program of a process; it leaves without the interpreter's end, see tests/launch.py.
+PROGRAM = """
+import os, sys, torch
+torch.set_num_threads(1)
+from benchmarks.worlds import ranks
+getattr(ranks, {function!r})(**{arguments!r})
+torch.distributed.barrier()
+sys.stdout.flush(), sys.stderr.flush()
+os._exit(0)
+"""
+
+
+def launch(
+    function: str, arguments: dict[str, Any], folder: Path, timeout: float = 240
+) -> subprocess.CompletedProcess:
+    """Call a function of this module in two processes."""
+    file = folder / "program.py"
+    file.write_text(PROGRAM.format(function=function, arguments=arguments), encoding="utf-8")
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(file)],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CHECKOUT)},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+# --- two processes and one
+
+
+def human_rows() -> Dataset:
+    """Digits and how somebody wrote them; every seventh row has no answer, others weigh twice."""
+    rows = digits.human_rows(digits.questions(NUM_ROWS, seed=0), seed=0)
+    completions = [None if i % 7 == 3 else text for i, text in enumerate(rows["completion"])]
+    return Dataset.from_dict(
+        {"prompt": rows["prompt"], "completion": completions, "weight": [1.0 + i % 2 for i in range(NUM_ROWS)]}
+    )
+
+
+def is_short(completions: list, **columns: Any) -> list[bool | None]:
+    """A check that says nothing about answers in brackets."""
+    return [None if text.startswith("(") else len(text) < 6 for text in completions]
+
+
+def wants_commas(completions: list, **columns: Any) -> list[float]:
+    """A reward of the user's own."""
+    return [0.1 * text.count(",") for text in completions]
+
+
+class Recorded(AdversarialTrainer):
+    """Answers by a record keyed by the batch and the place in it, instead of sampling: TRL seeds every process
+    differently. It keeps what was paid."""
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        first = self.accelerator.process_index * len(prompt_ids)
+        number = self._step // self.args.steps_per_generation
+        return [recorded_answer(number, first + i, self.eos_token_ids[0]) for i in range(len(prompt_ids))], None
+
+    def _calculate_rewards(self, *args):
+        rewards = super()._calculate_rewards(*args)
+        self.__dict__.setdefault("paid", []).append(rewards.flatten().clone())
+        return rewards
+
+
+def recorded_answer(batch: int, place: int, end: int) -> list[int]:
+    """The answer at a place of a generation batch: digits and marks, some cut at the limit."""
+    rng = np.random.default_rng([batch, place])
+    ids = rng.integers(2, len(digits.tokenizer()), size=int(rng.integers(1, LONGEST + 3))).tolist()
+    return [*ids, end] if len(ids) < LONGEST else ids[:LONGEST]
+
+
+class EveryStep(TrainerCallback):
+    """Keeps what is trained after every step, and a hash of it."""
+
+    def __init__(self, sides: Callable[[], dict[str, list[Tensor]]]):
+        self.sides = sides
+        self.weights: dict[str, list[Tensor]] = {}
+        self.hashes: list[str] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        digest = hashlib.sha256()
+        for side, parameters in self.sides().items():
+            flat = torch.cat([parameter.detach().flatten() for parameter in parameters])
+            self.weights.setdefault(side, []).append(flat)
+            digest.update(flat.numpy().tobytes())
+        self.hashes.append(digest.hexdigest())
+
+
+def one_run(folder: str, split: str, num_processes: int, epsilon: float | None = None) -> dict[str, Any]:
+    """Train by one of `SPLITS` in this process, which is one of `num_processes`; the global batch is always the same.
+
+    All sides learn by plain gradient descent, or by AdamW with an `epsilon`: with that of its default it turns a
+    rounding error in a gradient of 0 into a whole step.
+    """
+    told = SPLITS[split]
+    plain = {
+        **{"output_dir": f"{folder}/run", "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True},
+        **{"save_strategy": "no", "logging_steps": 1, "max_grad_norm": 1.0, "learning_rate": 1e-2},
+        **{"per_device_train_batch_size": told["batch"] * 2 // num_processes, "lr_scheduler_type": "constant"},
+        **{"gradient_accumulation_steps": told["accumulate"], "optim": "adamw_torch" if epsilon else "sgd"},
+    }
+    plain |= {"adam_epsilon": epsilon} if epsilon else {}
+    if num_processes == 1 and told["accumulate"] > 1:  # one undivided batch
+        plain["per_device_train_batch_size"] *= told["accumulate"]
+        plain["gradient_accumulation_steps"] = 1
+    torch.manual_seed(0)
+    model = digits.new_model("small")
+    lora = None if told.get("full") else LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+    common = {"model": model, "processing_class": digits.tokenizer(), "peft_config": lora}
+    if "generations" not in told:
+        trainer: Any = RetrodictiveTrainer(
+            args=RetrodictiveConfig(max_steps=NUM_STEPS, **plain),
+            train_dataset=human_rows().filter(lambda row: row["completion"] is not None),
+            **common,
+        )
+    else:
+        trainer = _adversarial(plain, told["generations"], epsilon, common)
+    learner = trainer.game.learner if "generations" in told else None
+    imitator = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    kept = EveryStep(lambda: {"imitator": imitator} | ({"distinguisher": learner.parameters} if learner else {}))
+    trainer.add_callback(kept)
+    start = torch.cat([parameter.detach().flatten() for parameter in imitator])
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer.train()
+    history = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
+    metrics = sorted({name for entry in history for name in entry if name.startswith(COMPARED)})
+    return {
+        "imitator": torch.stack(kept.weights["imitator"]),
+        "distinguisher": torch.stack(kept.weights["distinguisher"]) if learner else torch.zeros(0),
+        "rewards": torch.stack(trainer.paid) if learner else torch.zeros(0),
+        "loss": torch.tensor([entry["loss"] for entry in history if "loss" in entry], dtype=torch.float64),
+        "metrics": torch.tensor([[entry.get(name, 0.0) for name in metrics] for entry in history]),
+        "moved": (kept.weights["imitator"][-1] - start).abs().max(),
+        "hashes": kept.hashes,
+        "guard": json.dumps(trainer.game.guard.state()) if learner else "",
+        "num_processes": trainer.accelerator.num_processes,
+    }
+
+
+COMPARED = ("distinguisher/", "answers/", "checks/", "retrodiction/")
+
+
+def _adversarial(
+    plain: dict[str, Any], generations: int, epsilon: float | None, common: dict[str, Any]
+) -> AdversarialTrainer:
+    args = AdversarialConfig(
+        **{"imitator_warmup_steps": 3, "distinguisher_warmup_steps": 3, "max_steps": NUM_STEPS - 6},
+        **{"num_generations": generations, "max_completion_length": LONGEST, "allow_unlabelled": True},
+        **{"heldout_fraction": 0.2, "replay_ratio": 0.5, "retrodictive_budget": 1.0, "shuffle_dataset": False},
+        **{"imitator_warmup_learning_rate": 1e-2, "truncated_answers": "drop", "reward_weights": [0.5], **plain},
+    )
+    trainer = Recorded(args=args, train_dataset=human_rows(), checks=[is_short], reward_funcs=wants_commas, **common)
+    learner = trainer.game.learner
+    if epsilon is None:
+        learner.optimizer = torch.optim.SGD(learner.optimizer.param_groups, momentum=0.5)
+    for group in learner.optimizer.param_groups:
+        group["eps"] = epsilon
+    return trainer
+
+
+def each_run(folder: str, splits: list[str], epsilon: float | None = None) -> None:
+    """What each of two processes does: every split, its results in a file of its own."""
+    found = {split: one_run(f"{folder}/{i}", split, 2, epsilon) for i, split in enumerate(splits)}
+    torch.save(found, f"{folder}/rank{os.environ['RANK']}.pt")
+
+
+def equality(split: str, epsilon: float | None = None) -> dict[str, Any]:
+    """The largest differences, over all steps, between two processes and one with the same global batch."""
+    with tempfile.TemporaryDirectory() as folder:
+        done = launch("each_run", {"folder": folder, "splits": [split], "epsilon": epsilon}, Path(folder))
+        if done.returncode:
+            raise RuntimeError(done.stderr[-3000:])
+        both = [torch.load(f"{folder}/rank{rank}.pt", weights_only=True)[split] for rank in (0, 1)]
+        return differences(both, one_run(f"{folder}/alone", split, 1, epsilon))
+
+
+def differences(both: list[dict[str, Any]], alone: dict[str, Any]) -> dict[str, Any]:
+    """What [`equality`] reports, from what [`one_run`] found."""
+    one, two = both
+    gaps = {
+        name: (one[name].double() - alone[name].double()).nan_to_num().abs().max().item()
+        for name in ("loss", "rewards", "distinguisher", "imitator", "metrics")
+        if alone[name].numel()
+    }
+    nothing = [name for name in gaps if one[name].isnan().ne(alone[name].isnan()).any()]
+    return {
+        "steps": len(alone["hashes"]),
+        "largest_difference": gaps,
+        "missing_in_one": nothing,
+        "imitator_moved": alone["moved"].item(),
+        "processes": [result["num_processes"] for result in (one, two, alone)],
+        "equal_hashes_on_both": sum(a == b for a, b in zip(one["hashes"], two["hashes"], strict=True)),
+        "equal_guards_on_both": one["guard"] == two["guard"],
+    }
+
+
+def main() -> None:
+    """Print every cell."""
+    for split in SPLITS:
+        print(split, json.dumps(equality(split)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
