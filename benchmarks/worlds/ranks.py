@@ -12,7 +12,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,8 @@ def one_run(folder: str, split: str, num_processes: int, epsilon: float | None =
     if "generations" not in told:
         trainer: Any = RetrodictiveTrainer(
             args=RetrodictiveConfig(max_steps=NUM_STEPS, **plain),
-            train_dataset=human_rows().filter(lambda row: row["completion"] is not None),
+            # Rows that fill every batch: else Accelerate repeats the first ones on several processes.
+            train_dataset=human_rows().filter(lambda row: row["completion"] is not None).select(range(48)),
             **common,
         )
     else:
@@ -236,10 +238,149 @@ def differences(both: list[dict[str, Any]], alone: dict[str, Any]) -> dict[str, 
     }
 
 
+# --- one process fails
+
+SECRET = "a row of the data"
+FAILS_AT = 4  # optimizer steps that were taken; a checkpoint is written after every second one
+
+
+def _fails_on_the_second(trainer_state: Any, prompts: list) -> None:
+    if os.environ["RANK"] == "1" and trainer_state is not None and trainer_state.global_step == FAILS_AT:
+        raise KeyError(SECRET)
+
+
+def failing_reward(completions: list, prompts: list, trainer_state: Any = None, **columns: Any) -> list[float]:
+    """A user's reward that raises on one process."""
+    _fails_on_the_second(trainer_state, prompts)
+    return [0.0] * len(completions)
+
+
+async def failing_async_reward(completions: list, prompts: list, trainer_state: Any = None, **columns: Any):
+    """The same, awaited."""
+    _fails_on_the_second(trainer_state, prompts)
+    return [0.0] * len(completions)
+
+
+class FailingCheck:
+    """A check that raises on one process, at its call number `at`."""
+
+    __name__ = "failing_check"
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, completions: list, **columns: Any) -> list[bool]:
+        self.calls += 1
+        if os.environ["RANK"] == "1" and self.calls > 1 + 2 * FAILS_AT:  # tried once; then called once for each side
+            raise KeyError(SECRET)
+        return [True] * len(completions)
+
+
+class FailsOnTheSecond(TrainerCallback):
+    """Something of the user's, outside every collective, fails on one process."""
+
+    def __init__(self, model: Any = None):
+        self.model = model
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if os.environ["RANK"] != "1" or state.global_step != FAILS_AT:
+            return
+        if self.model is None:
+            raise KeyError(SECRET)
+        with torch.no_grad():  # its loss is no number at the next step
+            next(p for p in self.model.parameters() if p.requires_grad).fill_(torch.nan)
+
+
+FAILURES = ("check", "reward", "async reward", "nan", "callback")
+
+
+def _failing(kind: str, folder: str) -> Any:
+    """A trainer whose second process will fail."""
+    given: dict[str, Any] = {"checks": [FailingCheck()]} if kind == "check" else {}
+    given |= {"reward_funcs": failing_reward} if kind == "reward" else {}
+    given |= {"reward_funcs": failing_async_reward} if kind == "async reward" else {}
+    args = AdversarialConfig(
+        **{"output_dir": f"{folder}/run", "use_cpu": True, "report_to": "none", "disable_tqdm": True, "max_steps": 8},
+        **{"imitator_warmup_steps": 0, "distinguisher_warmup_steps": 0, "max_completion_length": LONGEST},
+        **{"per_device_train_batch_size": 4, "num_generations": 4, "allow_unlabelled": True, "save_steps": 2},
+        **{"save_strategy": "steps", "retrodictive_coef": 0.0},
+    )
+    torch.manual_seed(0)
+    trainer = Recorded(
+        digits.new_model("small"),
+        args,
+        human_rows(),
+        processing_class=digits.tokenizer(),
+        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"),
+        **given,
+    )
+    if kind in ("nan", "callback"):
+        trainer.add_callback(FailsOnTheSecond(trainer.model if kind == "nan" else None))
+    return trainer
+
+
+def each_failure(folder: str, kinds: Sequence[str] = FAILURES[:-1]) -> None:
+    """What each of two processes does where both meet the failure of one: what it raised, in a file of its own."""
+    found = {}
+    for i, kind in enumerate(kinds):
+        trainer = _failing(kind, f"{folder}/{i}")
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                trainer.train()
+        except RuntimeError as error:
+            found[kind] = {"kind": type(error).__name__, "words": str(error), "at": time.time()}
+    Path(f"{folder}/failures{os.environ['RANK']}.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def linger(folder: str, seconds: float) -> None:
+    """One process fails outside every collective and stays: the other waits for it in one."""
+    trainer = _failing("callback", folder)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            trainer.train()
+    finally:
+        Path(f"{folder}/failed{os.environ['RANK']}").write_text(str(time.time()))
+        time.sleep(seconds)
+
+
+def heard(folder: str) -> dict[str, Any]:
+    """What two processes of [`each_failure`] said, compared."""
+    one, two = (json.loads(Path(f"{folder}/failures{rank}.json").read_text()) for rank in (0, 1))
+    return {
+        kind: {
+            "words": one[kind]["words"].replace(folder, ""),
+            "seconds_apart": abs(one[kind]["at"] - two[kind]["at"]),
+            "same_words": one[kind]["words"] == two[kind]["words"],
+            "quotes_a_row": SECRET in one[kind]["words"] + two[kind]["words"],
+        }
+        for kind in FAILURES[:-1]
+    }
+
+
+def failures() -> dict[str, Any]:
+    """By kind: seconds between the two processes' errors, and whether both said the same and quoted no row."""
+    with tempfile.TemporaryDirectory() as folder:
+        done = launch("each_failure", {"folder": folder}, Path(folder))
+        if done.returncode:
+            raise RuntimeError(done.stderr[-3000:])
+        found = heard(folder)
+    with tempfile.TemporaryDirectory() as folder:
+        done = launch("linger", {"folder": folder, "seconds": 60.0}, Path(folder))
+        ended = time.time()
+        found["callback, lingering 60 s"] = {
+            "seconds_to_the_end_of_all": ended - float(Path(f"{folder}/failed1").read_text()),
+            "words": next((line for line in done.stderr.splitlines() if line.startswith("Process 1 of 2")), None),
+            "exit_status": done.returncode,
+        }
+    return found
+
+
 def main() -> None:
     """Print every cell."""
     for split in SPLITS:
         print(split, json.dumps(equality(split)), flush=True)
+    print("lora, AdamW", json.dumps(equality("lora", epsilon=1e-8)), flush=True)
+    print("failures", json.dumps(failures()), flush=True)
 
 
 if __name__ == "__main__":
