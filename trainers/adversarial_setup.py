@@ -24,6 +24,7 @@ from hf_imitate.ngram_distinguisher import NgramDistinguisher
 from hf_imitate.rendering import Renderer, closing_id, end_token_ids
 from hf_imitate.trainers.adversarial_config import AdversarialConfig
 from hf_imitate.trainers.checkpoints import newest_complete_checkpoint
+from hf_imitate.trainers.engines import Engine
 from hf_imitate.trainers.phases import Phases
 
 if TYPE_CHECKING:
@@ -83,16 +84,19 @@ def build_distinguisher(
     checks: Sequence[Check],
     peft_config: PeftConfig | None,
     distinguisher_peft_config: PeftConfig | None,
+    engine: Engine,
 ) -> Distinguisher:
-    """The distinguisher the user asked for, by default on the imitator's own base; it reads as `renderer` does."""
+    """The distinguisher the user asked for, by default on the imitator's own base where the engine allows it; it reads
+    as `renderer` does."""
     if isinstance(given, list) and len(given) == 1:
         (given,) = given
     common = (imitator, renderer, args)
-    configs = (peft_config, distinguisher_peft_config)
-    if not isinstance(given, list):
-        return _build_one(given, *common, checks, *configs)
-    # What checks say is said once, by the ensemble.
-    ensemble = DistinguisherEnsemble([_build_one(one, *common, None, *configs) for one in given])
+    configs = (peft_config, distinguisher_peft_config, engine)
+    with engine.loading_whole():
+        if not isinstance(given, list):
+            return _build_one(given, *common, checks, *configs)
+        # What checks say is said once, by the ensemble.
+        ensemble = DistinguisherEnsemble([_build_one(one, *common, None, *configs) for one in given])
     ensemble.set_checks(checks)
     return ensemble
 
@@ -105,6 +109,7 @@ def _build_one(
     checks: Sequence[Check] | None,
     peft_config: PeftConfig | None,
     distinguisher_peft_config: PeftConfig | None,
+    engine: Engine,
 ) -> Distinguisher:
     tokenizer = renderer.tokenizer
     common = {
@@ -130,26 +135,20 @@ def _build_one(
             return _from_model(given, tokenizer, config, common, args.seed, **keeps_lm)
         return Distinguisher.from_causal_lm(given, peft_config=config, seed=args.seed, **keeps_lm, **common)
     common["end_ids"] = renderer.end_token_ids
-    if isinstance(imitator, PeftModel):
-        config = distinguisher_peft_config or own
-        if isinstance(config, LoraConfig):
-            # The global random state differs between processes by TRL's design, and has to go on doing so.
-            with preserved_random_state():
-                torch.manual_seed(args.seed)
-                return Distinguisher.on_shared_base(imitator, tokenizer, config, **common)
-        imitator = imitator.get_base_model()
-    config = distinguisher_peft_config or default_peft_config()
+    config = distinguisher_peft_config or own
+    if isinstance(imitator, PeftModel) and isinstance(config, LoraConfig) and engine.why_not_shared is None:
+        # The global random state differs between processes by TRL's design, and has to go on doing so.
+        with preserved_random_state():
+            torch.manual_seed(args.seed)
+            return Distinguisher.on_shared_base(imitator, tokenizer, config, **common)
+    if not isinstance(config, LoraConfig):
+        config = distinguisher_peft_config or default_peft_config()
     # A copy of the imitator's own base is fitted first only where that was asked for.
     keeps_lm["keep_language_model"] = args.distinguisher_lm_warmup_steps not in ("auto", 0)
     copied = Distinguisher.from_causal_lm(
-        imitator, tokenizer, peft_config=config, seed=args.seed, **keeps_lm, **common
+        engine.whole_base(imitator), tokenizer, peft_config=config, seed=args.seed, **keeps_lm, **common
     )
-    megabytes = sum(p.numel() * p.element_size() for p in copied.model.parameters()) / 2**20
-    logger.warning(
-        "The distinguisher is an adapter on a frozen copy of the starting model: %.0f MB more memory. With LoRA "
-        "(`peft_config`) it shares the imitator's base.",
-        megabytes,
-    )
+    logger.warning(engine.describe_copy("distinguisher", copied.model))
     return copied
 
 

@@ -50,6 +50,7 @@ from hf_imitate.trainers.adversarial_setup import (
     settle_renderer,
     with_row_numbers,
 )
+from hf_imitate.trainers.engines import Engine
 from hf_imitate.trainers.finite import FiniteSteps, at_step, check_loss
 from hf_imitate.trainers.phases import (
     DISTINGUISHER_LM_WARMUP,
@@ -202,8 +203,11 @@ class AdversarialTrainer(FiniteSteps, AdversarialSaving, AdversarialPlan, GRPOTr
         self.renderer = settle_renderer(self, role)
         human_rows = HumanRows(self.train_dataset, self.renderer, args.heldout_fraction, args.seed)
         check_lengths(human_rows, named_sets(train_dataset, eval_dataset), self.renderer, self.model, args)
+        self.engine = Engine.of(self.accelerator, model, args)
+        self.engine.check_frozen(args.freeze_imitator)
         self.distinguisher = build_distinguisher(
-            distinguisher, self.model, self.renderer, args, self.checks, peft_config, distinguisher_peft_config
+            *(distinguisher, self.model, self.renderer, args, self.checks, peft_config, distinguisher_peft_config),
+            self.engine,
         )
         # In the order of the learned weights, which a distinguisher that was trained before brings along.
         self.checks = list(self.distinguisher.checks)

@@ -23,6 +23,7 @@ from hf_imitate.thoughts import settle_thought_law
 from hf_imitate.trainers.adversarial_inputs import check_best_metric, check_model
 from hf_imitate.trainers.adversarial_setup import preserved_random_state, show_total
 from hf_imitate.trainers.checkpoints import TakeUpTheLog, rows_digest
+from hf_imitate.trainers.engines import Engine
 from hf_imitate.trainers.finite import FiniteSteps, at_step, check_loss
 from hf_imitate.trainers.latent_learner import WARMUP, RetrodictorLearner, Warmup
 from hf_imitate.trainers.latent_retrodictive_config import LatentRetrodictiveConfig
@@ -149,7 +150,8 @@ class LatentRetrodictiveTrainer(FiniteSteps, LatentSaving, SFTTrainer):
         ends = self.renderer.end_token_ids
         settle_padding(self._tokenizer, self.model, ends)
         without_dropout(self.model)
-        self.retrodictor = build_retrodictor(self.model, retrodictor_peft_config or peft_config, args)
+        engine = Engine.of(self.accelerator, model, args)
+        self.retrodictor = build_retrodictor(self.model, retrodictor_peft_config or peft_config, args, engine)
         if self.retrodictor is not None and self.retrodictor.adapter_name is None:
             self.retrodictor.model.to(self.accelerator.device)
         vocab_size = self.model.config.get_text_config().vocab_size

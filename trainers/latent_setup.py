@@ -13,6 +13,7 @@ from hf_imitate.classifier import default_peft_config
 from hf_imitate.estimators import ImportanceEstimate
 from hf_imitate.retrodictor import RETRODICTOR, Retrodictor
 from hf_imitate.trainers.adversarial_setup import preserved_random_state
+from hf_imitate.trainers.engines import Engine
 from hf_imitate.trainers.latent_retrodictive_config import LatentRetrodictiveConfig
 from hf_imitate.trainers.latent_rows import LatentRow
 
@@ -54,21 +55,18 @@ def settle_padding(tokenizer: Any, model: PreTrainedModel | PeftModel, end_token
 
 
 def build_retrodictor(
-    model: PreTrainedModel | PeftModel, config: PeftConfig | None, args: LatentRetrodictiveConfig
+    model: PreTrainedModel | PeftModel, config: PeftConfig | None, args: LatentRetrodictiveConfig, engine: Engine
 ) -> Retrodictor | None:
-    """The retrodictor of a run: on the imitator's base, or on a frozen copy of it; none for the estimator "prior"."""
+    """The retrodictor of a run: on the imitator's base where the engine allows it, or on a frozen copy of it; none for
+    the estimator "prior"."""
     if args.estimator == "prior":
         return None
     # The global random state differs between processes by TRL's design, and has to go on doing so.
-    with preserved_random_state():
-        if isinstance(model, PeftModel):
+    with preserved_random_state(), engine.loading_whole():
+        if isinstance(model, PeftModel) and engine.why_not_shared is None:
             return Retrodictor.on_shared_base(model, config or model.peft_config["default"], args.seed)
-        copied = Retrodictor.on_copy(model, config or default_peft_config(), args.seed)
-    logger.warning(
-        "The retrodictor is an adapter on a frozen copy of the starting model: %.0f MB more memory. With LoRA "
-        "(`peft_config`) it shares the imitator's base.",
-        sum(p.numel() * p.element_size() for p in copied.model.parameters()) / 2**20,
-    )
+        copied = Retrodictor.on_copy(engine.whole_base(model), config or default_peft_config(), args.seed)
+    logger.warning(engine.describe_copy("retrodictor", copied.model))
     if args.gradient_checkpointing:
         copied.model.train()
         # Its name until transformers 5.19 or so; later versions warn of it.
