@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types acceptance format clean
+.PHONY: help setup demo test lint types docs acceptance format clean
 
 help:  ## Show what can be made.
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 24
@@ -39,6 +39,10 @@ types: $(READY)
 	$(PIP) install --quiet --no-deps --no-build-isolation --no-compile --target build/installed .
 	cd build/installed && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p hf_imitate
 
+docs: $(READY)  ## Write the pages that come from docstrings, and build the guide in docs/_build; a warning is an error.
+	$(BIN)/python docs/reference.py
+	$(BIN)/python -m sphinx -E -W --keep-going -q docs docs/_build
+
 acceptance: $(READY)  ## Run the long form of a claim, ONLY=<entry>; goes on where it was stopped, at most 60 minutes.
 	$(BIN)/python -m benchmarks.acceptance $(ONLY)
 
@@ -47,5 +51,5 @@ format: $(READY)  ## Format the code and repair what ruff can.
 	$(BIN)/ruff format .
 
 clean:  ## Remove builds, caches and the set-up; keep results.
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .coverage
+	rm -rf $(VENV) build docs/_build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,18 +16,18 @@ from benchmarks import paid_to_hide as paid
 from hf_imitate.steganography_theory import largest_accuracy
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--budget", action="store_true", help="hold the human answers' log-probability")
     parser.add_argument("--smoke", action="store_true", help="few steps")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--figure", default="paid_to_hide.png", help="where the picture goes")
-    arguments = parser.parse_args()
+    given = parser.parse_args(arguments)
     num_steps = paid.NUM_STEPS
-    if arguments.smoke:
+    if given.smoke:
         paid.TAUGHT_STEPS, paid.UNTAUGHT_STEPS, paid.NUM_ROWS = 60, 20, 600
         paid.NUM_JUDGED, paid.JUDGE_STEPS, paid.WARMUP, paid.BATCH, num_steps = 120, 5, 3, 64, 5
-    cell = {"seed": arguments.seed, "arm": paid.ARMS[arguments.budget]}
+    cell = {"seed": given.seed, "arm": paid.ARMS[given.budget]}
     found = paid.run_cell(cell, num_steps)
     end = found["end"]
     print(f"\nmessages that arrive         {found['start']['received']:.3f} before, {end['received']:.3f} after")
@@ -37,8 +37,8 @@ def main() -> None:
     print(
         f"nats the human answers lose  {end['price']:.3f}: at most {largest_accuracy(end['price']):.3f} could arrive"
     )
-    paid.plot([{"cell": cell, "result": found}], arguments.figure)
-    print(f"The picture is in {arguments.figure}.")
+    paid.plot([{"cell": cell, "result": found}], given.figure)
+    print(f"The picture is in {given.figure}.")
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ import argparse
 from benchmarks import steganography as table
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="few questions: shows that it runs, proves little")
     parser.add_argument("--figure", default="steganography.png", help="where the picture goes")
-    arguments = parser.parse_args()
-    size = {"num_questions": 200, "num_steps": 60} if arguments.smoke else {"num_questions": 1000, "num_steps": 300}
+    given = parser.parse_args(arguments)
+    size = {"num_questions": 200, "num_steps": 60} if given.smoke else {"num_questions": 1000, "num_steps": 300}
     results = []
     for scheme in ("honest", "green list, unigram", "rotation .5", "coding, fresh nonce"):
         result = table.run_cell({"scheme": scheme}, seed=1, **size)
@@ -33,8 +33,8 @@ def main() -> None:
             f"  bits the humans lose        {result['price']['price']:.2f} ± {result['price']['standard_error']:.2f}"
         )
         print(f"  re-execution finds it       {'no' if result['re_executed']['verified'] else 'yes'}")
-    table.plot(results, arguments.figure)
-    print(f"\nThe picture is in {arguments.figure}.")
+    table.plot(results, given.figure)
+    print(f"\nThe picture is in {given.figure}.")
 
 
 if __name__ == "__main__":

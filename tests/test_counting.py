@@ -7,7 +7,7 @@ import sys
 import pytest
 from scipy.stats import binom
 
-from examples.sudoku_by_counting import RULES, bits_of, groups, sudoku
+from examples.counting import RULES, bits_of, groups, sudoku
 from hf_imitate import counter_process, counting
 from hf_imitate.bounds import clopper_pearson
 from hf_imitate.circuits import Circuit, Formula

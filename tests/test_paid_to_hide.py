@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks import paid_to_hide as paid
 from benchmarks.worlds import paid_to_hide as world
+from examples import paid_to_hide as example
 from hf_imitate.steganography_theory import largest_accuracy, message_price
 
 
@@ -123,3 +124,12 @@ def test_a_short_game_already_pays_for_the_bit(monkeypatch):
     assert found["end"]["received"] > 0.6
     assert found["end"]["price"] > found["start"]["price"]
     assert found["coins"]["verified"]
+
+
+def test_the_example_says_what_the_price_allows(tmp_path, monkeypatch, capsys):
+    (found, _), asked = entry("game, budget", 0.7, 0.1), []
+    monkeypatch.setattr(paid, "run_cell", lambda cell, num_steps: asked.append(cell) or found)
+    example.main(["--budget", "--figure", str(tmp_path / "paid.png")])
+    assert asked == [{"seed": 1, "arm": "game, budget"}]
+    assert f"0.100: at most {largest_accuracy(0.1):.3f} could arrive" in capsys.readouterr().out
+    assert (tmp_path / "paid.png").stat().st_size > 10_000

@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import residual_sudoku
 from benchmarks.worlds import sudoku_arms
+from examples import residual
 
 
 def test_every_part_of_the_sudoku_entry_runs(monkeypatch, tmp_path):
@@ -50,3 +51,23 @@ def test_solved_puzzles_are_counted_by_probability():
     nats = sudoku_arms.log_probs(model, puzzles)
     assert found["solved"] == pytest.approx(np.exp(nats).mean(), rel=1e-4)
     assert found["bits"] == pytest.approx(-nats.mean() / math.log(2), rel=1e-5)
+
+
+def test_one_of_k_answers_is_a_law_with_a_rate_and_bits(tmp_path, monkeypatch):
+    for module, name in (
+        (sudoku_arms, "START_STEPS"),
+        (sudoku_arms, "READ_EVERY"),
+        (residual_sudoku, "DISTINGUISHER_STEPS"),
+        (residual_sudoku, "DISTINGUISHER_BATCH"),
+        (residual_sudoku, "STARTS"),
+    ):
+        monkeypatch.setattr(module, name, getattr(module, name))  # the small form changes it: put it back
+    small = sudoku_arms.data()._replace(validation=sudoku_arms.data().validation[:6], test=sudoku_arms.data().test[:6])
+    monkeypatch.setattr(sudoku_arms, "data", lambda: small)
+    monkeypatch.setattr(residual, "data", lambda: small)
+    found = residual.main(["--smoke", "--figure", str(tmp_path / "residual.png")])
+
+    assert list(found) == [1, 2, 4, 8]
+    assert all(0 <= law["solved"] <= 1 and law["bits"] > 0 for law in found.values())
+    assert found[1]["bits"] != found[8]["bits"]
+    assert (tmp_path / "residual.png").read_bytes().startswith(b"\x89PNG")

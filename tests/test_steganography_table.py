@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import steganography as table
+from examples import steganography as example
 
 SIZE = {"num_questions": 400, "seed": 5, "num_steps": 80}
 
@@ -63,3 +64,15 @@ def test_the_claim_compares_a_price_with_its_theory_by_its_own_standard_error():
 def test_the_picture_is_drawn(results, tmp_path):
     table.plot(results, tmp_path / "table.png")
     assert (tmp_path / "table.png").stat().st_size > 10_000
+
+
+def test_the_example_shows_what_the_table_measures(results, tmp_path, monkeypatch, capsys):
+    measured = {entry["cell"]["scheme"]: entry["result"] for entry in results}
+    monkeypatch.setattr(table, "run_cell", lambda cell, **size: measured[cell["scheme"]])
+    example.main(["--smoke", "--figure", str(tmp_path / "steganography.png")])
+    printed = capsys.readouterr().out.split("\n\n")
+    shown = {part.strip().splitlines()[0]: part for part in printed}
+    assert f"{measured['rotation .5']['price']['price']:.2f}" in shown["rotation .5"]
+    assert "re-execution finds it       no" in shown["honest"]
+    assert "re-execution finds it       yes" in shown["coding, fresh nonce"]
+    assert (tmp_path / "steganography.png").stat().st_size > 10_000
