@@ -16,6 +16,7 @@ from hf_imitate.grouping import choose_test_rows
 COMPLETION_ROLES = ("assistant", "user")
 _encode_key = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode  # built once: twice as fast as `dumps`
 _ROWS_NAMED = 5
+LIGHTEST, HEAVIEST = 1e-12, 1e12  # weights; 0 apart
 _TEXT_TYPES = ("string", "large_string")
 _BROKEN = re.compile("[\0\ud800-\udfff]")
 
@@ -378,6 +379,12 @@ def _check_weights(weights: list, where: str) -> None:
     bad = [row for row, weight in enumerate(weights) if not math.isfinite(weight) or weight < 0]
     if bad:
         raise ValueError(f"{where}: {_name_rows(bad, num_rows)} are negative or not finite. Give finite weights >= 0.")
+    bad = [row for row, weight in enumerate(weights) if weight and not LIGHTEST <= weight <= HEAVIEST]
+    if bad:
+        raise ValueError(
+            f"{where}: {_name_rows(bad, num_rows)} are outside [{LIGHTEST:g}, {HEAVIEST:g}], more than fp32 sums can "
+            "hold. Divide all weights by their mean; 0 leaves a row out."
+        )
     if not any(weights):
         raise ValueError(
             f"{where}: all {num_rows} weights are 0, so no row teaches anything. Give some a positive weight."
