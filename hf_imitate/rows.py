@@ -4,7 +4,6 @@ Rows are checked by column before any model loads, and split so that no question
 """
 
 import json
-import math
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -376,14 +375,11 @@ def _check_weights(weights: list, where: str) -> None:
         raise TypeError(
             f"{where}: {_name_rows(bad, num_rows)} are not numbers. Give every row a weight >= 0; 1.0 is plain."
         )
-    bad = [row for row, weight in enumerate(weights) if not math.isfinite(weight) or weight < 0]
-    if bad:
-        raise ValueError(f"{where}: {_name_rows(bad, num_rows)} are negative or not finite. Give finite weights >= 0.")
-    bad = [row for row, weight in enumerate(weights) if weight and not LIGHTEST <= weight <= HEAVIEST]
+    bad = [row for row, weight in enumerate(weights) if not (weight == 0 or LIGHTEST <= weight <= HEAVIEST)]
     if bad:
         raise ValueError(
-            f"{where}: {_name_rows(bad, num_rows)} are outside [{LIGHTEST:g}, {HEAVIEST:g}], more than fp32 sums can "
-            "hold. Divide all weights by their mean; 0 leaves a row out."
+            f"{where}: {_name_rows(bad, num_rows)} are negative or not finite, or too small or large for sums in fp32. "
+            f"Give 0 or weights from {LIGHTEST:g} to {HEAVIEST:g}, such as those you have over their mean."
         )
     if not any(weights):
         raise ValueError(

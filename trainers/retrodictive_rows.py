@@ -184,7 +184,7 @@ def prepare_rows(
 def without_room(dataset: Dataset, renderer: Renderer, limit: int | None, name: str) -> str:
     """What to say of a data set whose questions all fill the limit, with how long they are."""
     lengths = sorted(question_lengths(dataset, renderer).values())
-    spread = f"{lengths[0]} to {lengths[-1]} tokens, half of them more than {lengths[(len(lengths) - 1) // 2]}"
+    spread = f"{lengths[0]} to {lengths[-1]} tokens, {lengths[len(lengths) // 2]} in the middle"
     return (
         f"`{name}`: no question leaves room for an answer within {limit} tokens. The questions have {spread}. Raise "
         "`max_length`, shorten the questions, or take a model with more positions."
