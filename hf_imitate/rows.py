@@ -378,13 +378,11 @@ def _check_weights(weights: list, where: str) -> None:
     bad = [row for row, weight in enumerate(weights) if not (weight == 0 or LIGHTEST <= weight <= HEAVIEST)]
     if bad:
         raise ValueError(
-            f"{where}: {_name_rows(bad, num_rows)} are negative or not finite, or too small or large for sums in fp32. "
+            f"{where}: {_name_rows(bad, num_rows)} are negative or not finite, or no size for sums in fp32. "
             f"Give 0 or weights from {LIGHTEST:g} to {HEAVIEST:g}, such as those you have over their mean."
         )
     if not any(weights):
-        raise ValueError(
-            f"{where}: all {num_rows} weights are 0, so no row teaches anything. Give some a positive weight."
-        )
+        raise ValueError(f"{where}: all {num_rows} weights are 0, so no row teaches anything. Raise some of them.")
 
 
 def _group_values(dataset: Dataset, group_by: str | Callable[[dict], Hashable]) -> list[Hashable]:

@@ -1,5 +1,5 @@
-"""Nothing that a stranger wrote is executed, and nobody is asked whether it may be: not in a repo, not in a checkpoint,
-not in an audit's folder. What the sources may not even call is read with `ast`."""
+"""Nothing that a stranger wrote is executed, and nobody is asked whether it may be: in a repo, a checkpoint, a
+template, an audit's folder. What the sources may not even call is read with `ast`."""
 
 import ast
 import os
@@ -172,9 +172,8 @@ def test_a_checkpoint_that_is_resumed_executes_nothing(run, tmp_path, trace, nam
     trainer = make(2)
     try:
         tiny_runs.train(trainer, resume_from_checkpoint=str(checkpoint))
-    except pickle.UnpicklingError as error:
+    except pickle.UnpicklingError:
         assert name is not None
-        assert "Weights only load failed" in str(error)
     else:
         assert name not in READ
         assert trainer.state.global_step == 2
