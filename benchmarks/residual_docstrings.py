@@ -89,7 +89,7 @@ def rows(sizes: Sizes = FULL) -> tuple[Dataset, Dataset, Dataset]:
 
 def tokenizer() -> Any:
     """The tiny base's."""
-    return AutoTokenizer.from_pretrained(tiny_base())
+    return AutoTokenizer.from_pretrained(tiny_base(), trust_remote_code=False)
 
 
 def new_model(seed: int) -> Qwen3ForCausalLM:

@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, float]]:
 
 def resumed(folder: Path) -> Any:
     """The adapter saved there, on its base, ready to learn more."""
-    return AutoPeftModelForCausalLM.from_pretrained(folder, is_trainable=True)
+    return AutoPeftModelForCausalLM.from_pretrained(folder, is_trainable=True, trust_remote_code=False)
 
 
 def likelihood(
@@ -103,7 +103,9 @@ def likelihood(
             seed=given.seed,
         ),
         train_dataset=rows,
-        processing_class=None if isinstance(model, str) else AutoTokenizer.from_pretrained(folder.parent / "round-0"),
+        processing_class=None
+        if isinstance(model, str)
+        else AutoTokenizer.from_pretrained(folder.parent / "round-0", trust_remote_code=False),
         peft_config=peft_config,
     )
     trainer.train()
@@ -129,7 +131,7 @@ def discriminate(imitator: Path, rows: Dataset, folder: Path, given: argparse.Na
         ),
         train_dataset=rows,
         distinguisher=given.distinguisher,
-        processing_class=AutoTokenizer.from_pretrained(imitator),
+        processing_class=AutoTokenizer.from_pretrained(imitator, trust_remote_code=False),
     )
     trainer.train()
     trainer.save_model()

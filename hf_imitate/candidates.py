@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 
 from hf_imitate.checks import Check, check_names, check_outcomes
 from hf_imitate.distinguisher import Distinguisher
-from hf_imitate.latent_imitator import LatentImitator
+from hf_imitate.latent_imitator import THOUGHT_INCLUDED, LatentImitator
 from hf_imitate.questions import check_columns
 from hf_imitate.rendering import Answer, Rendered, Renderer
 from hf_imitate.sampling import Draw, GumbelSampler, check_drawing, draw_by_key
-from hf_imitate.scoring import check_prompt_ids
+from hf_imitate.scoring import check_positions, check_prompt_ids
 
 
 def check_resampling(
@@ -218,12 +218,8 @@ def _draw_thinking(
 ) -> list[list[Draw]]:
     thinkers = latent.thinkers
     asked = [Rendered(ids, [], False) for ids in prompts]
-    longest = max(map(thinkers.longest_forward, asked), default=0) + max_new_tokens
-    if thinkers.positions is not None and longest > thinkers.positions:
-        raise ValueError(
-            f"The questions need up to {longest} positions, the longest thought included; the model has "
-            f"{thinkers.positions}. Shorten them, or lower `max_new_tokens`."
-        )
+    needed = [thinkers.longest_forward(row) + max_new_tokens for row in asked]
+    check_positions(needed, thinkers.positions, "questions", f"{THOUGHT_INCLUDED}, lower `max_new_tokens`")
     thinkers.max_rows = batch_size
     drawn = thinkers.dream(asked, keys, max_new_tokens, temperature, make_sampler)
     return [[Draw(one.answer_ids, latent.renderer.read(one.answer_ids)) for one in own] for own in drawn]

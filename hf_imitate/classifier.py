@@ -75,9 +75,9 @@ def load_body(name_or_path: str, **loading: Any) -> PreTrainedModel:
         UnsafeRepoError: one of its files could harm whoever loads it, or it is an adapter.
     """
     folder, revision = base_folder(name_or_path, loading.get("revision"))
-    loading = loading | {"revision": revision}
+    loading = loading | {"revision": revision, "trust_remote_code": False}
     check_model_config(PreTrainedConfig.get_config_dict(str(folder))[0])
-    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=loading["trust_remote_code"])
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     if is_classifier_config(config):
         check_model_size(config, AutoModelForSequenceClassification, folder)
         return AutoModelForSequenceClassification.from_pretrained(name_or_path, num_labels=1, **loading)

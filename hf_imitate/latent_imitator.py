@@ -21,14 +21,15 @@ from hf_imitate.latent_draws import Drawn
 from hf_imitate.questions import check_answer_lists
 from hf_imitate.rendering import Answer, Rendered, Renderer
 from hf_imitate.retrodictive_bounds import log_prob_lower_bound
-from hf_imitate.retrodictor import RETRODICTOR, Retrodictor, Thinkers, num_positions
+from hf_imitate.retrodictor import RETRODICTOR, Retrodictor, Thinkers
 from hf_imitate.rows import question_key
 from hf_imitate.sampling import GumbelSampler, check_drawing, stream_key
-from hf_imitate.scoring import check_prompt_ids, check_temperature, evaluation_mode
+from hf_imitate.scoring import check_positions, check_prompt_ids, check_temperature, evaluation_mode, num_positions
 from hf_imitate.thoughts import ThoughtLaw
 from hf_imitate.verification import CountingSampler, Verification, settle_tolerance
 
 DEFAULT_NUM_ESTIMATES = 64
+THOUGHT_INCLUDED = " (the longest thought is counted)"
 
 
 class ThoughtAnswer(NamedTuple):
@@ -153,7 +154,8 @@ class LatentImitator:
         ]
         self.thinkers.max_rows = batch_size
         asked = [Rendered(ids, [], False) for ids in prompts]
-        self._check_positions([self.thinkers.longest_forward(row) + longest for row in asked], "questions")
+        needed = [self.thinkers.longest_forward(row) + longest for row in asked]
+        check_positions(needed, self.thinkers.positions, "questions", f"{THOUGHT_INCLUDED}, lower `max_new_tokens`")
         drawn: list[list[Drawn]] = []
         with tqdm(total=len(asked), desc="thinking and answering", disable=not progress) as bar:
             for chunk in _chunks(len(asked), num_answers, batch_size):
@@ -203,7 +205,8 @@ class LatentImitator:
             raise ValueError(f"`num_estimates` is {num_estimates}; at least 1 thought has to be drawn.")
         rows = self.renderer.human(questions, answers) if questions else []
         check_prompt_ids([row.prompt_ids for row in rows])
-        self._check_positions([self.thinkers.longest(row) for row in rows], "questions with their answers")
+        needed = [self.thinkers.longest(row) for row in rows]
+        check_positions(needed, self.thinkers.positions, "questions with their answers", THOUGHT_INCLUDED)
         seen: Counter[str] = Counter()
         keys = []
         for question, answer in zip(questions, answers, strict=True):
@@ -225,16 +228,6 @@ class LatentImitator:
         estimate = importance_weighted_log_prob(log_weights, torch.zeros_like(log_weights))
         lower = torch.as_tensor(log_prob_lower_bound(log_weights.numpy(), confidence), dtype=torch.float64)
         return LatentLogProb(estimate.log_prob, lower, estimate.effective_sample_size, log_weights)
-
-    def _check_positions(self, needed: Sequence[int], what: str) -> None:
-        positions = self.thinkers.positions
-        bad = [i for i, length in enumerate(needed) if positions is not None and length > positions]
-        if bad:
-            raise ValueError(
-                f"{len(bad)} of {len(needed)} {what} (number {str(bad[:5])[1:-1]}) need up to {max(needed)} "
-                f"positions, the longest thought included; the model has {positions}. Shorten them, lower "
-                "`max_new_tokens` where you draw, or leave them out."
-            )
 
     def verify(
         self,

@@ -17,6 +17,7 @@ def check_questions(questions: Sequence[str | list[dict]]) -> None:
                 f"questions[{index}] is a {kind}; give text, or a list of messages such as "
                 '`[[{"role": "user", "content": "..."}]]`.'
             )
+        _check_encodable(questions[index], f"questions[{index}]")
         if kind != kinds[0]:
             raise TypeError(
                 f"questions[{index}] is {kind}, questions[0] is {kinds[0]}. Ask each kind in a call of its own."
@@ -35,6 +36,7 @@ def check_pairs(questions: Sequence[str | list[dict]], answers: Sequence[str]) -
                 f"answers[{index}] is a {type(answer).__name__}; give one string per question. For several answers to "
                 "one question, repeat the question."
             )
+        _check_encodable(answer, f"answers[{index}]")
 
 
 def check_answer_lists(questions: Sequence[str | list[dict]], answers: Sequence[Sequence[str]]) -> None:
@@ -46,6 +48,17 @@ def check_answer_lists(questions: Sequence[str | list[dict]], answers: Sequence[
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             kind = "string" if isinstance(texts, str) else "list of other things than strings"
             raise TypeError(f"answers[{index}] is a {kind}; give a list of strings, as `Imitator.answer` returns.")
+        for text in texts:
+            _check_encodable(text, f"answers[{index}]")
+
+
+def _check_encodable(text: str | list[dict], where: str) -> None:
+    """Raise `ValueError` where a text holds half of a surrogate pair, which no tokenizer takes."""
+    parts = [text] if isinstance(text, str) else [str(message.get("content")) for message in text]
+    if any("\ud800" <= character <= "\udfff" for part in parts if not part.isascii() for character in part):
+        raise ValueError(
+            f"{where} holds a lone surrogate, which is no text. Decode its source with `errors='replace'`."
+        )
 
 
 def check_columns(columns: Mapping[str, Sequence[Any]], num_rows: int, rows: str = "answers") -> None:

@@ -109,11 +109,6 @@ class Retrodictor:
         (Path(folder) / "README.md").unlink(missing_ok=True)
 
 
-def num_positions(model: PreTrainedModel | PeftModel) -> int | None:
-    """Most tokens that a model can read at once; `None` where it does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
 def check_no_shared_parameter(model: PeftModel) -> None:
     """Raise `ValueError` where the imitator trains something that every adapter on its base reads."""
     name = model.active_adapter

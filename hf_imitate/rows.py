@@ -4,7 +4,6 @@ Rows are checked by column before any model loads, and split so that no question
 """
 
 import json
-import math
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from hf_imitate.grouping import choose_test_rows
 COMPLETION_ROLES = ("assistant", "user")
 _encode_key = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode  # built once: twice as fast as `dumps`
 _ROWS_NAMED = 5
+LIGHTEST, HEAVIEST = 1e-12, 1e12  # weights; 0 apart
 _TEXT_TYPES = ("string", "large_string")
 _BROKEN = re.compile("[\0\ud800-\udfff]")
 
@@ -375,13 +375,14 @@ def _check_weights(weights: list, where: str) -> None:
         raise TypeError(
             f"{where}: {_name_rows(bad, num_rows)} are not numbers. Give every row a weight >= 0; 1.0 is plain."
         )
-    bad = [row for row, weight in enumerate(weights) if not math.isfinite(weight) or weight < 0]
+    bad = [row for row, weight in enumerate(weights) if not (weight == 0 or LIGHTEST <= weight <= HEAVIEST)]
     if bad:
-        raise ValueError(f"{where}: {_name_rows(bad, num_rows)} are negative or not finite. Give finite weights >= 0.")
-    if not any(weights):
         raise ValueError(
-            f"{where}: all {num_rows} weights are 0, so no row teaches anything. Give some a positive weight."
+            f"{where}: {_name_rows(bad, num_rows)} are negative or not finite, or no size for sums in fp32. "
+            f"Give 0 or weights from {LIGHTEST:g} to {HEAVIEST:g}, such as those you have over their mean."
         )
+    if not any(weights):
+        raise ValueError(f"{where}: all {num_rows} weights are 0, so no row teaches anything. Raise some of them.")
 
 
 def _group_values(dataset: Dataset, group_by: str | Callable[[dict], Hashable]) -> list[Hashable]:

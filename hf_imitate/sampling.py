@@ -19,7 +19,7 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, Log
 from hf_imitate.prefill import read_once
 from hf_imitate.rendering import Answer, Renderer
 from hf_imitate.rows import question_key
-from hf_imitate.scoring import check_prompt_ids, check_temperature, evaluation_mode
+from hf_imitate.scoring import check_positions, check_prompt_ids, check_temperature, evaluation_mode, num_positions
 
 # Numbers from which on starting threads costs less than they save.
 _THREADS_PAY = 2**20
@@ -290,6 +290,8 @@ def draw_by_key(
         own_loop: as of [`generate_with`].
         progress: what a progress bar calls it; `None` shows none.
     """
+    needed = [len(prompt) + max_new_tokens for prompt in prompts]
+    check_positions(needed, num_positions(model), "questions", ", lower `max_new_tokens`")
     jobs = [(question, number) for question, own in enumerate(keys) for number in range(len(own))]
     # The longest first, so that too little memory shows at once.
     jobs.sort(key=lambda job: len(prompts[job[0]]), reverse=True)

@@ -110,11 +110,13 @@ def answer_logits(
         An iterator over [`AnswerLogits`]; each row is in exactly one of them.
 
     Raises:
-        ValueError: `batch_size` is out of range, or a question has no tokens.
+        ValueError: `batch_size` is out of range, a question has no tokens, or the model has too few positions.
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size}; it must be at least 1.")
     check_prompt_ids([row.prompt_ids for row in rows])
+    needed = [len(row.prompt_ids) + len(row.answer_ids) for row in rows]
+    check_positions(needed, num_positions(model), "questions with their answers")
     reader = _Reader(model, rows, pad_token_id, batch_size)
     families = reader.families() if reader.has_standard_cache() else []
     shared = {index for family in families for question in family for index in question}
@@ -142,6 +144,28 @@ def check_prompt_ids(prompt_ids: Sequence[list[int]]) -> None:
         raise ValueError(
             f"{len(empty)} of {len(prompt_ids)} questions have no tokens, the first is number {empty[0]}; a causal LM "
             "needs at least one. Leave empty questions out, or use a tokenizer that puts a start token first."
+        )
+
+
+def num_positions(model: PreTrainedModel | PeftModel) -> int | None:
+    """Most tokens that a model can read at once; `None` where it does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_positions(needed: Sequence[int], positions: int | None, what: str, cure: str = "") -> None:
+    """Raise `ValueError` if a model has too few positions for some of what it is to read.
+
+    Args:
+        needed (`Sequence[int]`): tokens of each.
+        positions (`int`, *optional*): of the model, [`num_positions`].
+        what (`str`): what they are called.
+        cure (`str`): what to do beside shortening them.
+    """
+    bad = [i for i, length in enumerate(needed) if positions is not None and length > positions]
+    if bad:
+        raise ValueError(
+            f"{len(bad)} of {len(needed)} {what} (number {str(bad[:5])[1:-1]}) need up to {max(needed)} positions; "
+            f"the model has {positions}. Shorten them{cure}, or leave them out."
         )
 
 

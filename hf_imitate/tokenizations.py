@@ -18,10 +18,9 @@ from transformers import PreTrainedModel
 from hf_imitate.estimators import effective_sample_size, log_mean_weight
 from hf_imitate.rendering import Answer, Rendered, Renderer, canonical_text
 from hf_imitate.retrodictive_bounds import log_prob_lower_bound
-from hf_imitate.retrodictor import num_positions
 from hf_imitate.rows import question_key
 from hf_imitate.sampling import check_is_law, gumbel_noise, in_fp64, stream_key
-from hf_imitate.scoring import answer_logits, check_prompt_ids
+from hf_imitate.scoring import answer_logits, check_prompt_ids, num_positions
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _REPLACEMENT = "\ufffd"  # what decoders show where bytes are no character

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from hf_imitate import Imitator
 from hf_imitate.latent_draws import Drawn
 from hf_imitate.latent_imitator import LatentImitator
-from hf_imitate.retrodictor import num_positions
+from hf_imitate.scoring import num_positions
 from hf_imitate.trainers.latent_rows import collate_latent_rows
 
 

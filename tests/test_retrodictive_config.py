@@ -144,7 +144,7 @@ def test_the_best_checkpoint_is_by_default_the_one_with_the_fewest_bits(best):
     ("settings_given", "said"),
     [
         ({"loss_reduction": "mean"}, r"`loss_reduction` is 'mean'; need one of \['answer', 'token'\]"),
-        ({"learning_rate": 0.0}, "`learning_rate` is 0.0; need a positive number"),
+        ({"learning_rate": 0.0}, "`learning_rate` is 0.0; need a positive, finite number"),
         ({"loss_type": "dft"}, "`loss_type` is 'dft', which weighs a token by its own probability"),
         ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` is 0.1, which mixes a uniform law"),
         ({"completion_only_loss": False}, "`completion_only_loss` is False, which scores the question, too"),

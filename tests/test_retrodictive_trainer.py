@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, Trainer
 from trl import SFTTrainer
 
 from hf_imitate import RetrodictiveTrainer
+from hf_imitate.trainers.finite import FiniteSteps
 from hf_imitate.trainers.imitator_saving import ImitatorSaving
 from hf_imitate.trainers.retrodictive_trainer import Weighing
 
@@ -226,6 +227,7 @@ OVERRIDES = {
     "_load_best_model": Trainer,
     "_push_from_checkpoint": Trainer,
     "train": Trainer,
+    "_get_grad_norm": Trainer,
     "save_model": Trainer,
     "push_to_hub": Trainer,
     "init_hf_repo": Trainer,
@@ -235,7 +237,7 @@ OVERRIDES = {
 
 def test_an_override_has_the_signature_of_what_it_overrides_and_is_on_the_list():
     own = {}
-    for kind in (RetrodictiveTrainer, ImitatorSaving):
+    for kind in (RetrodictiveTrainer, FiniteSteps, ImitatorSaving):
         own |= {name: value for name, value in vars(kind).items() if inspect.isfunction(value)}
     assert {name for name in own if hasattr(SFTTrainer, name) and name != "__init__"} == set(OVERRIDES)
     for name, kind in OVERRIDES.items():

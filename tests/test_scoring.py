@@ -315,7 +315,7 @@ def test_shared_questions_stay_within_the_models_positions():
 
     scores, read = tokens_read(model, rows)
 
-    torch.testing.assert_close(scores, one_by_one(model, rows), atol=1e-5, rtol=0)
+    torch.testing.assert_close(scores, one_by_one(model, rows), atol=2e-5, rtol=0)
     assert any(27 - 1 + length > 32 for batch, length in read if batch > 2)
 
 

@@ -14,6 +14,7 @@ from trl.trainer.utils import RepeatSampler
 from hf_imitate.trainers.adversarial_plan import AdversarialPlan
 from hf_imitate.trainers.adversarial_saving import AdversarialSaving
 from hf_imitate.trainers.adversarial_trainer import AdversarialTrainer
+from hf_imitate.trainers.finite import FiniteSteps
 from hf_imitate.trainers.imitator_saving import ImitatorSaving
 
 # Every method of TRL's or transformers' that we override, and who defined it.
@@ -32,6 +33,7 @@ OVERRIDES = {
     "_load_best_model": Trainer,
     "_push_from_checkpoint": Trainer,
     "train": Trainer,
+    "_get_grad_norm": Trainer,
     "evaluate": Trainer,
     "save_model": Trainer,
     "push_to_hub": Trainer,
@@ -50,7 +52,7 @@ ATTRIBUTES = (
 
 def own_methods():
     found = {}
-    for kind in (ImitatorSaving, AdversarialSaving, AdversarialPlan, AdversarialTrainer):
+    for kind in (FiniteSteps, ImitatorSaving, AdversarialSaving, AdversarialPlan, AdversarialTrainer):
         found |= {name: value for name, value in vars(kind).items() if inspect.isfunction(value)}
     return found
 

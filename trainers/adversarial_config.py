@@ -7,6 +7,7 @@ from trl import GRPOConfig
 
 from hf_imitate.losses import DISTINGUISHER_LOSSES, IMITATOR_REWARDS
 from hf_imitate.trainers.checkpoints import check_hub_strategy
+from hf_imitate.trainers.settings_checks import COMMON, COUNT, NOT_NEGATIVE, POSITIVE, SHARE, check_numbers
 from hf_imitate.trainers.warmup_setting import steps_or_auto
 
 TRUNCATED_ANSWERS = ("score", "drop", "penalty")
@@ -14,6 +15,14 @@ BITS = ("/bits_per_answer", "/bits_per_byte")
 LOWEST_BITS = "eval_retrodiction/bits_per_answer"
 # What may stand in `generation_kwargs`: how answers are computed, not how they are drawn or where they end.
 LAWLESS_GENERATION = ("use_cache", "cache_implementation", "cache_config", "pad_token_id", "bos_token_id")
+
+OWN_NUMBERS = {
+    **dict.fromkeys(("imitator_warmup_learning_rate", "distinguisher_learning_rate", "epsilon"), POSITIVE),
+    **dict.fromkeys(("retrodictive_coef", "retrodictive_budget", "beta"), NOT_NEGATIVE),
+    **dict.fromkeys(("distinguisher_steps", "distinguisher_generations", "num_generations"), COUNT),
+    **dict.fromkeys(("max_completion_length", "num_iterations", "steps_per_generation"), COUNT),
+    **dict.fromkeys(("replay_ratio", "heldout_fraction"), SHARE),
+}
 
 
 @dataclass
@@ -226,28 +235,11 @@ class AdversarialConfig(GRPOConfig):
         check_hub_strategy(self)
 
     def _check_ranges(self) -> None:
-        at_least = {
-            "retrodictive_coef": 0.0,
-            "retrodictive_budget": 0.0,
-            "distinguisher_steps": 1,
-            "distinguisher_generations": 1,
-            "max_completion_length": 1,
-        }
-        for name, low in at_least.items():
-            value = getattr(self, name)
-            if value is not None and not value >= low:
-                raise ValueError(f"`{name}` is {value}; need at least {low}.")
-        for name in ("learning_rate", "imitator_warmup_learning_rate", "distinguisher_learning_rate"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"`{name}` is {value}; need a positive number.")
-        for name in ("replay_ratio", "heldout_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; need a share in [0, 1).")
         if self.max_completion_length is None:
             raise ValueError(
                 "`max_completion_length` is None, and the loss is normalised by it. Give the longest answer in tokens."
             )
+        check_numbers(self, COMMON | OWN_NUMBERS)
 
     def _check_law(self) -> None:
         neutral = {

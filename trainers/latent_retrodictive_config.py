@@ -4,9 +4,15 @@ from dataclasses import dataclass, field
 
 from hf_imitate.estimators import ESTIMATORS
 from hf_imitate.trainers.retrodictive_config import RetrodictiveConfig
+from hf_imitate.trainers.settings_checks import COUNT, POSITIVE, check_numbers
 from hf_imitate.trainers.warmup_setting import steps_or_auto
 
 COMPARING = ("rws", "ovis")  # estimators that weigh thoughts against each other
+
+OWN_NUMBERS = {
+    **dict.fromkeys(("num_thoughts", "num_thoughts_eval", "max_thought_length"), COUNT),
+    "retrodictor_learning_rate": POSITIVE,
+}
 
 
 @dataclass
@@ -66,18 +72,13 @@ class LatentRetrodictiveConfig(RetrodictiveConfig):
         self.retrodictor_warmup_steps = steps_or_auto("retrodictor_warmup_steps", self.retrodictor_warmup_steps)
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"`estimator` is {self.estimator!r}; need one of {sorted(ESTIMATORS)}.")
-        for name in ("num_thoughts", "num_thoughts_eval", "max_thought_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; need at least 1.")
+        check_numbers(self, OWN_NUMBERS)
         if self.num_thoughts < 2 and self.estimator in COMPARING:
             raise ValueError(
                 f"`num_thoughts` is {self.num_thoughts}; the estimator {self.estimator!r} compares thoughts and needs "
                 "at least 2. Set `num_thoughts=8`, use `estimator='elbo'`, or use RetrodictiveTrainer if answers come "
                 "without hidden thoughts."
             )
-        rate = self.retrodictor_learning_rate
-        if rate is not None and not rate > 0:
-            raise ValueError(f"`retrodictor_learning_rate` is {rate}; need a positive number, or None.")
         if self.estimator == "prior" and self.retrodictor_warmup_steps not in ("auto", 0):
             raise ValueError(
                 f"`retrodictor_warmup_steps` is {self.retrodictor_warmup_steps}, and the estimator 'prior' has no "

@@ -17,8 +17,9 @@ from trl import SFTTrainer
 
 from hf_imitate.classifier import without_dropout
 from hf_imitate.log_probs import nats_to_bits
-from hf_imitate.retrodictor import Thinkers, num_positions
+from hf_imitate.retrodictor import Thinkers
 from hf_imitate.rows import is_conversational_row
+from hf_imitate.scoring import num_positions
 from hf_imitate.thoughts import settle_thought_law
 from hf_imitate.trainers.adversarial_inputs import check_best_metric, check_model
 from hf_imitate.trainers.adversarial_setup import preserved_random_state, show_total

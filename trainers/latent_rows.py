@@ -13,7 +13,14 @@ from hf_imitate.rendering import Rendered, Renderer, TurnError, canonical_text
 from hf_imitate.retrodictor import Thinkers
 from hf_imitate.thoughts import thought_ids
 from hf_imitate.trainers.adversarial_inputs import named_sets
-from hf_imitate.trainers.retrodictive_rows import RowCounts, check_rows, check_set, cut_answer, say_what_was_cut
+from hf_imitate.trainers.retrodictive_rows import (
+    RowCounts,
+    check_rows,
+    check_set,
+    cut_answer,
+    say_what_was_cut,
+    without_room,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -105,10 +112,7 @@ def prepare_latent_rows(
         numbers = range(start, min(start + CHUNK, len(dataset)))
         num_cut += _prepare_chunk(rows, dataset[start : start + CHUNK], numbers, renderer, limit, name)
     if not rows["row"]:
-        raise ValueError(
-            f"`{name}`: no question leaves room for an answer within {limit} tokens. Raise `max_length`, shorten the "
-            "questions, or take a model with more positions."
-        )
+        raise ValueError(without_room(dataset, renderer, limit, name))
     mean_weight = sum(useful) / len(useful)
     rows["weight"] = [weight / mean_weight for weight in rows["weight"]]
     counts = RowCounts(

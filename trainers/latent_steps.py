@@ -166,9 +166,14 @@ class LatentSteps:
         """Minus the estimated log p, nats per answer, and what was measured; the same thoughts at every evaluation.
 
         As in the bits, an answer that no thought explains is left out, and counted as skipped.
+
+        Raises:
+            ValueError: a log-probability is NaN.
         """
         keys = self.keys("evaluation", rows, 0, self.args.num_thoughts_eval)
         log_p_joint, log_q, drawn = self.thinkers.log_weights([row.rendered for row in rows], keys)
+        if (log_p_joint - log_q).isnan().any():
+            raise ValueError("The log-probability of a thought or an answer is NaN. Load the model in fp32 or bf16.")
         estimate = importance_weighted_log_prob(log_p_joint, log_q)
         is_skipped = ~estimate.log_prob.isfinite()
         table = measure_estimates(rows, estimate, _lengths(drawn), is_skipped)

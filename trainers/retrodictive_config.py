@@ -8,6 +8,7 @@ from trl import SFTConfig
 
 from hf_imitate.trainers.adversarial_config import BITS, LOWEST_BITS
 from hf_imitate.trainers.checkpoints import check_hub_strategy
+from hf_imitate.trainers.settings_checks import COMMON, check_numbers
 
 LOSS_REDUCTIONS = ("answer", "token")
 
@@ -66,11 +67,10 @@ class RetrodictiveConfig(SFTConfig):
             self.metric_for_best_model, self.greater_is_better = LOWEST_BITS, False
         if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(BITS):
             self.greater_is_better = False  # transformers takes all but losses for scores
+        check_numbers(self, COMMON)
         super().__post_init__()
         if self.loss_reduction not in LOSS_REDUCTIONS:
             raise ValueError(f"`loss_reduction` is {self.loss_reduction!r}; need one of {list(LOSS_REDUCTIONS)}.")
-        if not self.learning_rate > 0:
-            raise ValueError(f"`learning_rate` is {self.learning_rate}; need a positive number.")
         self._check_objective()
         self._check_lengths()
         check_hub_strategy(self)

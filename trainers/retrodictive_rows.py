@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from hf_imitate.human_rows import CHUNK, render_humans
+from hf_imitate.human_rows import CHUNK, question_lengths, render_humans
 from hf_imitate.rendering import Rendered, Renderer, TurnError, closing_id, end_token_ids
 from hf_imitate.rows import check_columns, is_conversational_row
 from hf_imitate.trainers.adversarial_inputs import named_sets
@@ -89,6 +89,19 @@ def check_set(dataset: Any, name: str, role: str) -> None:
         )
 
 
+def check_padding(tokenizer: Any) -> None:
+    """Check, before anything is loaded, that a given tokenizer can fill up a batch.
+
+    Raises:
+        ValueError: it has neither a padding nor an end token.
+    """
+    if tokenizer is not None and tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise ValueError(
+            "The tokenizer names neither an end token nor one to pad with, so an answer has no end and a batch cannot "
+            "be filled up. Set `tokenizer.eos_token`."
+        )
+
+
 def plain_columns(dataset: Dataset) -> Dataset:
     """The columns that are read here; TRL would take some of the others for images."""
     return dataset.select_columns([c for c in ("prompt", "completion", "weight") if c in dataset.column_names])
@@ -156,10 +169,7 @@ def prepare_rows(
         desc=f"Rendering {name}",
     )
     if len(rendered) == 0:
-        raise ValueError(
-            f"`{name}`: no question leaves room for an answer within {limit} tokens. Raise `max_length`, shorten the "
-            "questions, or take a model with more positions."
-        )
+        raise ValueError(without_room(dataset, renderer, limit, name))
     counts = RowCounts(
         num_rows=len(dataset),
         num_truncated=sum(rendered["is_cut"][:]),
@@ -169,6 +179,16 @@ def prepare_rows(
     )
     say_what_was_cut(counts, limit, name)
     return rendered.remove_columns(["is_cut", "num_answer_tokens"]), counts
+
+
+def without_room(dataset: Dataset, renderer: Renderer, limit: int | None, name: str) -> str:
+    """What to say of a data set whose questions all fill the limit, with how long they are."""
+    lengths = sorted(question_lengths(dataset, renderer).values())
+    spread = f"{lengths[0]} to {lengths[-1]} tokens, {lengths[len(lengths) // 2]} in the middle"
+    return (
+        f"`{name}`: no question leaves room for an answer within {limit} tokens. The questions have {spread}. Raise "
+        "`max_length`, shorten the questions, or take a model with more positions."
+    )
 
 
 def _prepare_chunk(

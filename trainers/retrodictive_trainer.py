@@ -30,6 +30,7 @@ from hf_imitate.trainers.retrodictive_rows import (
     WEIGHT,
     AnswerCollator,
     RowCounts,
+    check_padding,
     check_rows,
     check_set,
     first_tokens,
@@ -131,6 +132,7 @@ class RetrodictiveTrainer(FiniteSteps, RetrodictiveSaving, SFTTrainer):
         role = check_rows(train_dataset, eval_dataset)
         check_best_metric(eval_dataset, args)
         check_model(model)
+        check_padding(processing_class)
         self.renderer: Renderer
         self._counts: RowCounts  # of the data set that was prepared last
         self._is_assembled = False  # rows wait until model and tokenizer are there

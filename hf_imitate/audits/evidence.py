@@ -12,11 +12,12 @@ from datasets import Dataset
 from hf_imitate.audits.evidence_cache import EvidenceCache
 from hf_imitate.audits.resampled_law import ResampledLaw
 from hf_imitate.audits.scorer import AnswerScores, Scorer
-from hf_imitate.human_rows import render_humans
+from hf_imitate.human_rows import question_lengths, render_humans
 from hf_imitate.imitator import Imitator
 from hf_imitate.processed_law import ProcessedLaw
 from hf_imitate.rendering import Answer
 from hf_imitate.rows import answer_text, check_columns, question_key
+from hf_imitate.scoring import num_positions
 
 MIN_ROWS = 30
 # Share of answers with broken characters from which on a judge would tell encodings apart, not authors.
@@ -132,6 +133,25 @@ def check_dataset(dataset: Dataset, train_dataset: Dataset | None = None) -> tup
     if broken:
         notes.append(f"{len(broken)} human answers look wrongly decoded (mojibake).")
     return tuple(notes)
+
+
+def check_room(imitator: Imitator, dataset: Dataset) -> None:
+    """Check that the model can read every question and the longest answer that it may give to it.
+
+    Raises:
+        ValueError: some questions are too long; the message names their rows.
+    """
+    positions, limit = num_positions(imitator.model), imitator.max_new_tokens
+    if positions is None:
+        return
+    lengths = question_lengths(dataset, imitator.renderer)
+    too_long = [row for row, length in lengths.items() if length + limit > positions]
+    if too_long:
+        raise ValueError(
+            f"`dataset` column `prompt`: {len(too_long)} of {len(dataset)} rows (row {str(too_long[:5])[1:-1]}) have "
+            f"up to {max(lengths.values())} tokens; with answers of up to {limit} they exceed the model's {positions} "
+            'positions. Drop these rows, or audit shorter answers: `generation_config={"max_new_tokens": ...}`.'
+        )
 
 
 def is_mojibake(text: str) -> bool:

@@ -16,10 +16,11 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from hf_imitate.audits.answers import audit_answers
 from hf_imitate.audits.audit_files import write_audit
 from hf_imitate.audits.audit_plan import make_plan
+from hf_imitate.audits.audit_settings import check_audit_settings, check_is_model, check_known, check_numbers
 from hf_imitate.audits.checks import audit_checks
 from hf_imitate.audits.consistency import audit_consistency
 from hf_imitate.audits.copying import audit_copying
-from hf_imitate.audits.evidence import Evidence, check_dataset, collect_evidence, draw_foils
+from hf_imitate.audits.evidence import Evidence, check_dataset, check_room, collect_evidence, draw_foils
 from hf_imitate.audits.evidence_cache import EvidenceCache, write_text
 from hf_imitate.audits.hidden_deviation import audit_hidden_deviation
 from hf_imitate.audits.judge_family import JudgeFamily, audit_distinguishability
@@ -30,7 +31,6 @@ from hf_imitate.audits.resampled_law import ResampledLaw, resampled_law
 from hf_imitate.audits.retrodiction import audit_retrodiction, paired_difference
 from hf_imitate.audits.sampler import audit_sampler
 from hf_imitate.audits.splits import QuestionSplit
-from hf_imitate.candidates import check_resampling
 from hf_imitate.checks import Check, check_names
 from hf_imitate.imitator import Imitator
 from hf_imitate.processed_law import ProcessedLaw
@@ -128,13 +128,18 @@ def audit(
     ```
     """
     notes = check_dataset(dataset, train_dataset)
-    law = _check_settings(dataset, checks, resample, generation_config, by, confidence)
+    law = check_audit_settings(dataset, checks, generation_config, by, confidence)
+    check_numbers({"resample": resample, "num_estimates": num_estimates, "batch_size": batch_size, "seed": seed})
     check_known(human_entropy, max_answer_bytes)
+    for name, other in (("model", model), ("base", base), ("against", against)):
+        if other is not None or name == "model":
+            check_is_model(other, name)
     named = named_judges(judges)
     imitator = load_imitator(model)
     if resample != 1:
         imitator.distinguisher  # noqa: B018  loaded once, before a copy with another limit would load it again
     imitator = _limited(imitator, generation_config)
+    check_room(imitator, dataset)
     resampled = resampled_law(imitator, law, int(resample), checks, num_estimates)
     plan = make_plan(
         imitator,
@@ -226,11 +231,7 @@ def load_imitator(model: "str | PreTrainedModel | PeftModel | Imitator") -> Imit
         return model
     if isinstance(model, str | Path):
         return Imitator.from_pretrained(model)
-    if not isinstance(model, PreTrainedModel | PeftModel):
-        raise TypeError(
-            f"`model` is a {type(model).__name__}; give a repo id, a folder, a transformers or PEFT model, or an "
-            "Imitator."
-        )
+    check_is_model(model, "model")
     name = getattr(model.config, "_name_or_path", "")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False) if name else None
@@ -242,35 +243,6 @@ def load_imitator(model: "str | PreTrainedModel | PeftModel | Imitator") -> Imit
             "folder and pass its path."
         )
     return Imitator(model, tokenizer)
-
-
-def _check_settings(
-    dataset: Dataset,
-    checks: Sequence[Check] | None,
-    resample: int,
-    generation_config: GenerationConfig | dict[str, Any] | None,
-    by: str | None,
-    confidence: float,
-) -> ProcessedLaw:
-    check_resampling(resample, None, {}, 0)
-    check_names(checks or ())
-    if not 0.5 <= confidence < 1:
-        raise ValueError(f"`confidence` is {confidence}; it must lie in [0.5, 1), such as 0.95.")
-    if by is not None and by not in dataset.column_names:
-        raise ValueError(f"`by` names the column {by!r}; the data set has {dataset.column_names}.")
-    return ProcessedLaw(generation_config)
-
-
-def check_known(human_entropy: str | float | None, max_answer_bytes: int | None) -> None:
-    """Raise `ValueError` unless what is said to be known of the humans can be."""
-    is_number = isinstance(human_entropy, int | float) and not isinstance(human_entropy, bool)
-    if not (human_entropy is None or human_entropy == "unique" or (is_number and 0 <= float(human_entropy) < np.inf)):
-        raise ValueError(
-            f'`human_entropy` is {human_entropy!r}; give "unique", a number of nats that the mean entropy of human '
-            "answers is known to be at least, or None."
-        )
-    if max_answer_bytes is not None and max_answer_bytes < 1:
-        raise ValueError(f"`max_answer_bytes` is {max_answer_bytes}; it must be at least 1, or None.")
 
 
 def _limited(imitator: Imitator, generation_config: GenerationConfig | dict[str, Any] | None) -> Imitator:
