@@ -275,6 +275,21 @@ def test_a_base_of_the_hub_keeps_its_name_and_is_loaded_at_the_commit_that_was_r
     assert commit_of("me/base") == "c" * 40
 
 
+@pytest.mark.parametrize("load", LOADS, ids=["imitator", "distinguisher"])
+@pytest.mark.parametrize("place", ["folder", "hub"])
+def test_a_base_of_pickles_alone_is_refused_by_name(with_base, full_repo, hub_cache, tmp_path, load, place):
+    """transformers would have looked for a conversion of somebody's, at no commit and of no size that was checked."""
+    (full_repo / "model.safetensors").unlink()
+    (full_repo / "pytorch_model.bin").write_bytes(pickle.dumps(Ran(tmp_path / "ran")))
+    base = str(full_repo)
+    if place == "hub":
+        hub_cache(full_repo, "me/base")
+        base = "me/base"
+    with pytest.raises(FileNotFoundError, match=r"holds no safetensors weights\. Pickles"):
+        load(with_base(base))
+    assert not (tmp_path / "ran").exists()
+
+
 def test_full_weights_beside_an_adapters_config_do_not_lead_on(full_repo):
     change(full_repo, "adapter_config.json", base_model_name_or_path="me/deep", peft_type="LORA")
     with pytest.raises(UnsafeRepoError, match="would lead on to another base"):

@@ -17,7 +17,7 @@ from hf_imitate.hub_cards.facts import CardFacts, CardMetric
 from hf_imitate.log_probs import nats_to_bits
 from hf_imitate.rendering import Renderer
 from hf_imitate.rows import is_conversational_row
-from hf_imitate.trainers.adversarial_inputs import check_best_metric, check_model
+from hf_imitate.trainers.adversarial_inputs import check_best_metric
 from hf_imitate.trainers.imitator_saving import LIBRARIES, ImitatorSaving
 from hf_imitate.trainers.retrodictive_config import RetrodictiveConfig
 from hf_imitate.trainers.retrodictive_rows import (
@@ -36,6 +36,7 @@ from hf_imitate.trainers.retrodictive_rows import (
     settle_renderer,
     sums_by_row,
 )
+from hf_imitate.trainers.starting_model import starting_model
 from hf_imitate.trainers.tally import Tally
 
 # What decides the result, for `imitation.json` and the card.
@@ -70,7 +71,7 @@ class RetrodictiveTrainer(ImitatorSaving, SFTTrainer):
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The imitator to train: any causal LM.
+            The imitator to train: any causal LM, or an adapter to train further.
         args ([`RetrodictiveConfig`], *optional*): settings.
         train_dataset ([`~datasets.Dataset`]):
             Rows with `prompt` and `completion`, what a human answered, plain or conversational; `weight` (float)
@@ -127,22 +128,19 @@ class RetrodictiveTrainer(ImitatorSaving, SFTTrainer):
             args = RetrodictiveConfig(f"{name.split('/')[-1] or 'model'}-imitator")
         role = check_rows(train_dataset, eval_dataset)
         check_best_metric(eval_dataset, args)
-        check_model(model)
         self.renderer: Renderer
         self._counts: RowCounts  # of the data set that was prepared last
         self._is_assembled = False  # rows wait until model and tokenizer are there
         self._tally = Tally()
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=plain_columns(train_dataset),
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-        )
+        with starting_model(model, processing_class, args, peft_config, quantization_config) as start:
+            super().__init__(
+                **start,
+                args=args,
+                train_dataset=plain_columns(train_dataset),
+                eval_dataset=eval_dataset,
+                callbacks=callbacks,
+                optimizers=optimizers,
+            )
         parallel = self.accelerator.parallelism_config
         if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
             raise ValueError(
