@@ -5,6 +5,7 @@ The files may be anybody's: every field is checked, and nothing in them is run, 
 
 import dataclasses
 import json
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -13,8 +14,11 @@ from typing import Any
 
 from hf_imitate.audits.report import AuditReport
 from hf_imitate.hub_cards.facts import CardFacts, CardMetric, Paper, Sample, hub_id_or_none, is_figure
+from hf_imitate.hub_cards.licenses import license_note
 from hf_imitate.hub_cards.model_card import render_card
 from hf_imitate.strict_json import StrictJSONError, read_json
+
+logger = logging.getLogger(__name__)
 
 FACTS_FILE, CARD_KEY = "imitation.json", "card"
 STALE_AUDITS = "stale_audits"
@@ -145,10 +149,13 @@ def write_card(folder: str | Path, with_audit: bool = True, **changes: Any) -> P
         `Path` of README.md.
 
     Raises:
-        FileNotFoundError, ValueError: as [`read_facts`].
+        FileNotFoundError, ValueError: as [`read_facts`]; or `license` names none.
     """
     folder = Path(folder)
     facts = read_facts(folder, with_audit)
+    note = None if changes.get("license") is None else license_note(changes["license"])
+    if note is not None:
+        logger.warning(note)
     if changes:
         facts = dataclasses.replace(facts, **changes)
         stale = {STALE_AUDITS: list(stale_audits(folder))}

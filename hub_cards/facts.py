@@ -125,7 +125,7 @@ class CardFacts:
         tags (`tuple[str, ...]`, *optional*):
             Hub tags in addition to those every card carries.
         license (`str`, *optional*):
-            Licence identifier, if somebody chose one.
+            The licence, if somebody chose one: an id of the Hub's, or the name of another.
         is_adapter (`bool`, *optional*, defaults to `False`):
             Whether the repository holds a PEFT adapter rather than full weights.
         thinks_first (`bool`, *optional*, defaults to `False`):

@@ -12,6 +12,7 @@ from jinja2 import Environment, StrictUndefined, Template
 
 from hf_imitate.hub_cards.audit_section import audit_section
 from hf_imitate.hub_cards.facts import CardFacts
+from hf_imitate.hub_cards.licenses import license_metadata
 from hf_imitate.hub_cards.markdown import (
     fenced,
     markdown_code,
@@ -76,10 +77,10 @@ def card_metadata(facts: CardFacts) -> ModelCardData:
         datasets=[facts.hub_dataset] if facts.hub_dataset is not None else None,
         eval_results=results or None,
         library_name="peft" if facts.is_adapter else "transformers",
-        license=None if facts.license is None else _metadata(facts.license),
         model_name=_metadata(facts.model_name) if results else None,
         pipeline_tag="text-generation",
         tags=[*COMMON_TAGS, *(_metadata(tag) for tag in facts.tags if tag not in COMMON_TAGS)],
+        **license_metadata(facts.license),
     )
 
 
