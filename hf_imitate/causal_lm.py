@@ -1,5 +1,6 @@
 """Load a causal LM and its tokenizer from a folder or the Hub, adapter or full weights, without running its code."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers.utils import find_adapter_config_file
 from hf_imitate.repo_checks import UnsafeRepoError, check_model_config, check_model_size, check_repo
 
 ADAPTER_FILE = "adapter_model.safetensors"
+_CHECKPOINT = re.compile(r"checkpoint-(\d{1,18})")
 
 # Weights in other formats, training states and checkpoints are never read, so they are not downloaded either.
 _NOT_NEEDED = [
@@ -120,6 +122,7 @@ def hub_checkpoint(repo: str, revision: str | None = None) -> Path:
 
     Raises:
         FileNotFoundError: `repo` cannot be had from the Hub, or holds no checkpoint.
+        UnsafeRepoError: one of its files could harm whoever loads it.
     """
     patterns = ["last-checkpoint/*", "checkpoint-*/*"]
     try:
@@ -127,13 +130,15 @@ def hub_checkpoint(repo: str, revision: str | None = None) -> Path:
     except (ValueError, FileNotFoundError) as error:
         raise FileNotFoundError(f"`{repo}` is no Hub repo that can be reached from here.") from error
     last = root / "last-checkpoint"
-    found = [last] if last.is_dir() else sorted(root.glob("checkpoint-*"), key=lambda path: int(path.name[11:] or 0))
+    steps = {int(match[1]): path for path in root.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))}
+    found = [last] if last.is_dir() else [steps[step] for step in sorted(steps)]
     if not found:
         raise FileNotFoundError(
             f"`{repo}` holds no checkpoint to go on from; `push_folder(checkpoint, repo, "
             "checkpoint_name='last-checkpoint')` puts one there. To train its imitator further from its weights "
-            "alone, load it as `model`."
+            "alone, give its id as `model`."
         )
+    check_repo(found[-1])
     return found[-1]
 
 

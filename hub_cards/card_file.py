@@ -35,7 +35,7 @@ _NUMBER = (int, float)
 _KINDS: dict[str, tuple[type, ...]] = {
     "model_name": _STRING,
     "objective": _STRING,
-    **dict.fromkeys(("repo_id", "base_model", "dataset_name", "answered_by", "license"), _OPTIONAL),
+    **dict.fromkeys(("repo_id", "base_model", "started_from", "dataset_name", "answered_by", "license"), _OPTIONAL),
     **dict.fromkeys(("is_conversational", "thinks_first"), (bool,)),
 }
 _LISTS = ("tags", "check_names", "limits")
@@ -47,7 +47,7 @@ def facts_to_json(facts: CardFacts) -> dict[str, Any]:
     Write what only the card says as plain JSON, for the key `card` of `imitation.json`.
 
     Settings, versions and counts stand in `imitation.json` itself; audit, figures and kind of weights are read from
-    the folder. Of a local base or data set the last part of its path is kept.
+    the folder. Of a local base, adapter or data set the last part of its path is kept.
 
     Args:
         facts ([`CardFacts`]):
@@ -56,7 +56,8 @@ def facts_to_json(facts: CardFacts) -> dict[str, Any]:
     Returns:
         `dict[str, Any]`.
     """
-    local = {name: _without_folders(getattr(facts, name)) for name in ("base_model", "dataset_name")}
+    paths = ("base_model", "started_from", "dataset_name")
+    local = {name: _without_folders(getattr(facts, name)) for name in paths}
     return {
         **{name: getattr(facts, name) for name in (*_KINDS, *_TO_COME)},
         **local,

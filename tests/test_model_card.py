@@ -120,6 +120,7 @@ def filled(text: str) -> CardFacts:
         repo_id=text,
         base_model=text,
         base_revision=text,
+        started_from=text,
         papers=(Paper(text, text, text),),
         dataset_name=text,
         answered_by=text,
@@ -267,6 +268,7 @@ def test_the_model_index_parses_back_to_the_audits_numbers_and_intervals(tmp_pat
         assert one == dataclasses.replace(other, detail="")
     (result, *_) = ModelCard.load(tmp_path / "README.md").data.eval_results
     assert (result.dataset_type, result.dataset_args["plan_hash"]) == ("me/answers", given.plan_hash)
+    assert result.dataset_name == given.dataset
     assert findings_of(render_card(facts())) == ()
 
 
@@ -325,6 +327,12 @@ def test_settings_are_shown_as_they_took_effect():
         "| `distinguisher_learning_rate` | `0.5` |"
         in render_card(facts(settings={**rates, "distinguisher_learning_rate": 0.5})).text
     )
+
+
+def test_a_coefficient_that_was_not_set_is_shown_as_it_took_effect():
+    for budget, shown in ((None, "1.0"), (0.5, "what keeps the budget")):
+        text = render_card(facts(settings={"retrodictive_coef": None, "retrodictive_budget": budget})).text
+        assert f"| `retrodictive_coef` | `{shown}` |" in text
 
 
 def test_a_run_that_measured_nothing_held_out_says_so_and_warns_of_no_number():

@@ -68,6 +68,7 @@ def test_an_adapters_folder_is_trained_further(first, tmp_path, trainer):
     after = logits(Imitator.from_pretrained(run.args.output_dir, device="cpu").model)
     assert torch.equal(after, logits(run.model))
     assert (after - before).abs().max() > 1e-4
+    assert "`run`, an adapter that was trained before |" in (run_folder(run) / "README.md").read_text()
     bases = [json.loads((path / "adapter_config.json").read_text()) for path in (run_folder(folder), run_folder(run))]
     assert len({base["base_model_name_or_path"] for base in bases}) == 1
 

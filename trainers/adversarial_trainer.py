@@ -173,7 +173,7 @@ class AdversarialTrainer(AdversarialSaving, AdversarialPlan, GRPOTrainer):
         weights, args.reward_weights = args.reward_weights, None
         own = (processing_class, args, peft_config, quantization_config, args.freeze_imitator)
         try:
-            with starting_model(model, *own) as start:
+            with starting_model(self, model, *own) as start:
                 super().__init__(
                     **start,
                     reward_funcs=[distinguisher_reward, *map(guarded, reward_funcs)],

@@ -129,7 +129,8 @@ class LatentRetrodictiveTrainer(LatentSaving, SFTTrainer):
         self._fingerprint = checked._fingerprint
         question = checked[0]["prompt"]
         self._is_conversational = is_conversational_row(question)
-        with starting_model(model, processing_class, args, peft_config, quantization_config) as start:
+        own = (processing_class, args, peft_config, quantization_config)
+        with starting_model(self, model, *own) as start:
             check_no_retrodictor(start["model"])
             super().__init__(
                 **start,

@@ -132,7 +132,8 @@ class RetrodictiveTrainer(ImitatorSaving, SFTTrainer):
         self._counts: RowCounts  # of the data set that was prepared last
         self._is_assembled = False  # rows wait until model and tokenizer are there
         self._tally = Tally()
-        with starting_model(model, processing_class, args, peft_config, quantization_config) as start:
+        own = (processing_class, args, peft_config, quantization_config)
+        with starting_model(self, model, *own) as start:
             super().__init__(
                 **start,
                 args=args,

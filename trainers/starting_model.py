@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def starting_model(
+    trainer: Any,
     model: str | PreTrainedModel | PeftModel,
     processing_class: PreTrainedTokenizerBase | None,
     args: GRPOConfig | SFTConfig,
@@ -28,6 +29,7 @@ def starting_model(
     """Check a trainer's model; of a repo with an adapter, load base, adapter and tokenizer, the adapter to go on with.
 
     Args:
+        trainer: notes as `started_from` which adapter it goes on with; nothing, else.
         model, processing_class, args, peft_config, quantization_config: as the trainer got them.
         is_frozen: whether the imitator stays as it is, so that nothing of it has to be trainable.
 
@@ -65,6 +67,7 @@ def starting_model(
     if quantization_config is not None:
         loading["quantization_config"] = quantization_config
     loaded, tokenizer = load_to_train(model, **loading)
+    trainer.started_from = model
     given |= {"processing_class": processing_class or tokenizer, "quantization_config": None}
     # TRL says of a model that is there already that these were ignored.
     kept, args.model_init_kwargs = args.model_init_kwargs, None
