@@ -27,7 +27,7 @@ class CardArguments:
     repo_id: str | None = field(default=None, metadata={"help": "owner/name that the card's code loads"})
     dataset_name: str | None = field(default=None, metadata={"help": "Hub id or name of the data set"})
     answered_by: str | None = field(default=None, metadata={"help": "whose answers the data set holds, in words"})
-    license: str | None = field(default=None, metadata={"help": "licence of the weights"})
+    license: str | None = field(default=None, metadata={"help": "licence of the weights: the Hub's id, or a name"})
     question: list[str] | None = field(
         default=None,
         metadata={"help": "ask the imitator and show its answers; they become public with the card. Default: none"},

@@ -1,5 +1,6 @@
 """Load a causal LM and its tokenizer from a folder or the Hub, adapter or full weights, without running its code."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import find_adapter_config_file
 
 from hf_imitate.repo_checks import UnsafeRepoError, check_model_config, check_model_size, check_repo
 
 ADAPTER_FILE = "adapter_model.safetensors"
+_CHECKPOINT = re.compile(r"checkpoint-(\d{1,18})")
 
 # Weights in other formats, training states and checkpoints are never read, so they are not downloaded either.
 _NOT_NEEDED = [
@@ -55,17 +58,23 @@ def base_folder(name: str, revision: str | None = None) -> tuple[Path, str | Non
 
     Returns:
         `tuple`: the folder, and the very commit that was read, so that no other one is loaded by the base's name; the
-        revision as given for a local folder, and for weights that only transformers' own conversion can load.
+        revision as given for a local folder.
 
     Raises:
-        FileNotFoundError: it is no local folder and cannot be had from the Hub.
+        FileNotFoundError: it is no local folder and cannot be had from the Hub, or holds no safetensors weights.
         UnsafeRepoError: one of its files could harm whoever loads it, or it is itself an adapter.
     """
     is_local = Path(name).is_dir()
     folder = Path(name) if is_local else _downloaded(name, revision, _BASE_FILES, _NOT_NEEDED_OF_BASE)
     check_repo(folder)
     check_no_adapter(folder)
-    return folder, revision if is_local or not any(folder.glob("*.safetensors")) else folder.name
+    if not any(folder.glob("*.safetensors")):
+        raise FileNotFoundError(
+            f"The base `{name}` holds no safetensors weights. Pickles are never read, and a conversion made on the "
+            "way is not what was named. Convert it once, `AutoModelForCausalLM.from_pretrained(name).save_pretrained("
+            "folder)`, add its tokenizer, push that folder, and name it as the base."
+        )
+    return folder, revision if is_local else folder.name
 
 
 def check_no_adapter(folder: Path) -> None:
@@ -113,6 +122,7 @@ def hub_checkpoint(repo: str, revision: str | None = None) -> Path:
 
     Raises:
         FileNotFoundError: `repo` cannot be had from the Hub, or holds no checkpoint.
+        UnsafeRepoError: one of its files could harm whoever loads it.
     """
     patterns = ["last-checkpoint/*", "checkpoint-*/*"]
     try:
@@ -120,13 +130,15 @@ def hub_checkpoint(repo: str, revision: str | None = None) -> Path:
     except (ValueError, FileNotFoundError) as error:
         raise FileNotFoundError(f"`{repo}` is no Hub repo that can be reached from here.") from error
     last = root / "last-checkpoint"
-    found = [last] if last.is_dir() else sorted(root.glob("checkpoint-*"), key=lambda path: int(path.name[11:] or 0))
+    steps = {int(match[1]): path for path in root.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))}
+    found = [last] if last.is_dir() else [steps[step] for step in sorted(steps)]
     if not found:
         raise FileNotFoundError(
             f"`{repo}` holds no checkpoint to go on from; `push_folder(checkpoint, repo, "
             "checkpoint_name='last-checkpoint')` puts one there. To train its imitator further from its weights "
-            "alone, load it as `model`."
+            "alone, give its id as `model`."
         )
+    check_repo(found[-1])
     return found[-1]
 
 
@@ -154,13 +166,57 @@ def load_causal_lm(
     """
     device = torch.device(device) if device is not None else _default_device()
     loading = {"dtype": dtype or (torch.float32 if device.type == "cpu" else "auto")}
+    model, tokenizer = _load(folder, loading)
+    return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def holds_adapter(repo: str, revision: str | None = None, token: str | bool | None = None) -> bool:
+    """Whether a local folder or Hub repo holds an adapter.
+
+    Raises:
+        OSError: there is no such repo, or it may not be read.
+    """
+    return find_adapter_config_file(repo, revision=revision, token=token) is not None
+
+
+def holds_safetensors(repo: str) -> bool:
+    """Whether the weights that were loaded from a local folder or Hub repo can be read without pickle; `True` where
+    none are found."""
+    try:
+        folder = Path(repo) if Path(repo).is_dir() else Path(snapshot_download(repo, local_files_only=True))
+    except (ValueError, FileNotFoundError):  # not in the cache
+        return True
+    return any(folder.glob("*.safetensors")) or not any(folder.glob("*.bin"))
+
+
+def load_to_train(repo: str, revision: str | None = None, **loading: Any) -> tuple[PeftModel, Any]:
+    """Load an adapter to train it further, its base as it is used: frozen, read before it is loaded, no code run.
+
+    Args:
+        repo (`str`):
+            Local folder or Hub id with an adapter.
+        revision (`str`, *optional*):
+            Of the repo; its adapter says which one of the base.
+        loading (`Any`):
+            How the base is loaded, as [`~transformers.AutoModelForCausalLM`] takes it; in float32 by default.
+
+    Returns:
+        `tuple`: the adapter on its base, and the tokenizer, as of [`load_causal_lm`].
+
+    Raises:
+        FileNotFoundError, ValueError, UnsafeRepoError: as [`load_causal_lm`].
+    """
+    return _load(repo_folder(repo, revision), {"dtype": torch.float32, **loading}, is_trainable=True)
+
+
+def _load(folder: Path, loading: dict[str, Any], is_trainable: bool = False) -> tuple[Any, Any]:
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(folder)}
     if (folder / "adapter_config.json").is_file() and (folder / "adapter_model.safetensors").is_file():
         base_source, base_files = _base_of_adapter(folder)
         base = _load_complete(base_source, loading, base_files)
         if (folder / "generation_config.json").is_file():
             base.generation_config = GenerationConfig.from_pretrained(str(folder))
-        model = _with_adapter(base, folder)
+        model: PreTrainedModel | PeftModel = _with_adapter(base, folder, is_trainable)
         if not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
             source = base_source
     elif (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
@@ -172,8 +228,7 @@ def load_causal_lm(
             f"`{folder}` holds no causal LM. Needed: `adapter_config.json` with `adapter_model.safetensors`, or "
             f"`config.json` with safetensors weights. Found: {found[:20] or 'nothing'}."
         )
-    tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
-    return model.to(device).eval().requires_grad_(False), tokenizer
+    return model, AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
 
 
 def _default_device() -> torch.device:
@@ -196,7 +251,7 @@ def _base_of_adapter(folder: Path) -> tuple[dict[str, Any], Path]:
     return {"pretrained_model_name_or_path": config.base_model_name_or_path, "revision": revision}, files
 
 
-def _with_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
+def _with_adapter(base: PreTrainedModel, folder: Path, is_trainable: bool = False) -> PeftModel:
     with safe_open(folder / ADAPTER_FILE, framework="pt") as stored:
         names = set(stored.keys())
         if not all(bool(stored.get_tensor(name).isfinite().all()) for name in names):
@@ -204,7 +259,7 @@ def _with_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
                 f"{ADAPTER_FILE} in {folder} holds numbers that are not finite. Save or download it again."
             )
     try:
-        model = PeftModel.from_pretrained(base, str(folder))
+        model = PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable)
     except (RuntimeError, KeyError) as error:  # sizes that do not fit; a kind of adapter that PEFT does not know
         raise ValueError(
             f"The adapter in {folder} does not fit its base ({type(error).__name__}). Load it with the base that it "
@@ -224,9 +279,8 @@ def _load_complete(source: dict[str, Any], loading: dict[str, Any], folder: Path
     check_model_config(PretrainedConfig.get_config_dict(str(folder))[0])
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     check_model_size(config, AutoModelForCausalLM, folder)
-    model, info = AutoModelForCausalLM.from_pretrained(
-        **source, **loading, trust_remote_code=False, use_safetensors=True, output_loading_info=True
-    )
+    safely = {"trust_remote_code": False, "use_safetensors": True, "output_loading_info": True}
+    model, info = AutoModelForCausalLM.from_pretrained(**{**loading, **source, **safely})
     if info["missing_keys"]:
         raise ValueError(
             f"`{source['pretrained_model_name_or_path']}` is no complete {type(model).__name__}: "

@@ -145,8 +145,8 @@ def _folders(folder: Path) -> Iterable[Path]:
 
 def _check_stays_inside(path: Path, folder: Path) -> None:
     root = folder.resolve()
-    # The Hub's cache keeps contents in `blobs/` beside `snapshots/<commit>/`, and links to them.
-    allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    # The Hub's cache keeps contents in `blobs/` beside `snapshots/<commit>/`, and links to them, also from checkpoints.
+    allowed = [root, *(place.parent / "blobs" for place in root.parents[:2] if place.name == "snapshots")]
     if not any(path.resolve().is_relative_to(place) for place in allowed):
         raise UnsafeRepoError(
             f"{path.relative_to(folder).as_posix()} is a link that leads out of the folder. If that is meant, put the "

@@ -5,6 +5,7 @@ The files may be anybody's: every field is checked, and nothing in them is run, 
 
 import dataclasses
 import json
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -13,8 +14,11 @@ from typing import Any
 
 from hf_imitate.audits.report import AuditReport
 from hf_imitate.hub_cards.facts import CardFacts, CardMetric, Paper, Sample, hub_id_or_none, is_figure
+from hf_imitate.hub_cards.licenses import license_note
 from hf_imitate.hub_cards.model_card import render_card
 from hf_imitate.strict_json import StrictJSONError, read_json
+
+logger = logging.getLogger(__name__)
 
 FACTS_FILE, CARD_KEY = "imitation.json", "card"
 STALE_AUDITS = "stale_audits"
@@ -31,7 +35,7 @@ _NUMBER = (int, float)
 _KINDS: dict[str, tuple[type, ...]] = {
     "model_name": _STRING,
     "objective": _STRING,
-    **dict.fromkeys(("repo_id", "base_model", "dataset_name", "answered_by", "license"), _OPTIONAL),
+    **dict.fromkeys(("repo_id", "base_model", "started_from", "dataset_name", "answered_by", "license"), _OPTIONAL),
     **dict.fromkeys(("is_conversational", "thinks_first"), (bool,)),
 }
 _LISTS = ("tags", "check_names", "limits")
@@ -43,7 +47,7 @@ def facts_to_json(facts: CardFacts) -> dict[str, Any]:
     Write what only the card says as plain JSON, for the key `card` of `imitation.json`.
 
     Settings, versions and counts stand in `imitation.json` itself; audit, figures and kind of weights are read from
-    the folder. Of a local base or data set the last part of its path is kept.
+    the folder. Of a local base, adapter or data set the last part of its path is kept.
 
     Args:
         facts ([`CardFacts`]):
@@ -52,7 +56,8 @@ def facts_to_json(facts: CardFacts) -> dict[str, Any]:
     Returns:
         `dict[str, Any]`.
     """
-    local = {name: _without_folders(getattr(facts, name)) for name in ("base_model", "dataset_name")}
+    paths = ("base_model", "started_from", "dataset_name")
+    local = {name: _without_folders(getattr(facts, name)) for name in paths}
     return {
         **{name: getattr(facts, name) for name in (*_KINDS, *_TO_COME)},
         **local,
@@ -145,10 +150,13 @@ def write_card(folder: str | Path, with_audit: bool = True, **changes: Any) -> P
         `Path` of README.md.
 
     Raises:
-        FileNotFoundError, ValueError: as [`read_facts`].
+        FileNotFoundError, ValueError: as [`read_facts`]; or `license` names none.
     """
     folder = Path(folder)
     facts = read_facts(folder, with_audit)
+    note = None if changes.get("license") is None else license_note(changes["license"])
+    if note is not None:
+        logger.warning(note)
     if changes:
         facts = dataclasses.replace(facts, **changes)
         stale = {STALE_AUDITS: list(stale_audits(folder))}

@@ -96,6 +96,8 @@ class CardFacts:
             Model training started from: a Hub id, or a local path (then never linked, and only its last part shown).
         base_revision (`str`, *optional*):
             Commit or branch of `base_model`.
+        started_from (`str`, *optional*):
+            Adapter on `base_model` whose training went on: a Hub id, or a local path (then only its last part shown).
         papers (`tuple[Paper, ...]`, *optional*):
             Where the objective comes from.
         dataset_name (`str`, *optional*):
@@ -125,7 +127,7 @@ class CardFacts:
         tags (`tuple[str, ...]`, *optional*):
             Hub tags in addition to those every card carries.
         license (`str`, *optional*):
-            Licence identifier, if somebody chose one.
+            The licence, if somebody chose one: an id of the Hub's, or the name of another.
         is_adapter (`bool`, *optional*, defaults to `False`):
             Whether the repository holds a PEFT adapter rather than full weights.
         thinks_first (`bool`, *optional*, defaults to `False`):
@@ -150,6 +152,7 @@ class CardFacts:
     repo_id: str | None = None
     base_model: str | None = None
     base_revision: str | None = None
+    started_from: str | None = None
     papers: tuple[Paper, ...] = ()
     dataset_name: str | None = None
     answered_by: str | None = None
@@ -210,6 +213,11 @@ class CardFacts:
     def hub_base_model(self) -> str | None:
         """`base_model` if it can be the id of a model on the Hub, else `None`."""
         return hub_id_or_none(self.base_model)
+
+    @property
+    def hub_start(self) -> str | None:
+        """`started_from` if it can be the id of a model on the Hub, else `None`."""
+        return hub_id_or_none(self.started_from)
 
     @property
     def hub_dataset(self) -> str | None:

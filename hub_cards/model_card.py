@@ -12,6 +12,7 @@ from jinja2 import Environment, StrictUndefined, Template
 
 from hf_imitate.hub_cards.audit_section import audit_section
 from hf_imitate.hub_cards.facts import CardFacts
+from hf_imitate.hub_cards.licenses import license_metadata
 from hf_imitate.hub_cards.markdown import (
     fenced,
     markdown_code,
@@ -68,18 +69,17 @@ def card_metadata(facts: CardFacts) -> ModelCardData:
     Returns:
         [`~huggingface_hub.ModelCardData`].
     """
-    name = None if facts.dataset_name is None else _metadata(_local_name(facts.dataset_name))
     kind = facts.hub_dataset or "a data set that is not on the Hub"
-    results = None if facts.audit is None else evaluation_results(facts.audit, kind, facts.hub_dataset or name or kind)
+    results = None if facts.audit is None else evaluation_results(facts.audit, kind)
     return ModelCardData(
         base_model=facts.hub_base_model,
         datasets=[facts.hub_dataset] if facts.hub_dataset is not None else None,
         eval_results=results or None,
         library_name="peft" if facts.is_adapter else "transformers",
-        license=None if facts.license is None else _metadata(facts.license),
         model_name=_metadata(facts.model_name) if results else None,
         pipeline_tag="text-generation",
         tags=[*COMMON_TAGS, *(_metadata(tag) for tag in facts.tags if tag not in COMMON_TAGS)],
+        **license_metadata(facts.license),
     )
 
 
@@ -90,6 +90,9 @@ def _shown_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         rate = shown.get("learning_rate")
         known = isinstance(rate, int | float) and not isinstance(rate, bool)
         shown["distinguisher_learning_rate"] = f"{3 * float(rate):.4g}" if known and rate else "3 x learning_rate"
+    if "retrodictive_coef" in shown and shown["retrodictive_coef"] is None:
+        is_free = shown.get("retrodictive_budget") is None
+        shown["retrodictive_coef"] = 1.0 if is_free else "what keeps the budget"
     steps = shown.get("max_steps")
     if isinstance(steps, int) and steps > 0:
         shown.pop("num_train_epochs", None)  # not what ended the run

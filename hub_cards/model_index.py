@@ -11,7 +11,7 @@ _TASK = "text-generation"
 _MOST_NAME = 300  # characters of a finding's name
 
 
-def evaluation_results(report: AuditReport, dataset_type: str, dataset_name: str) -> list[EvalResult]:
+def evaluation_results(report: AuditReport, dataset_type: str) -> list[EvalResult]:
     """
     Write every finding that has a value as an entry of the card's metadata.
 
@@ -19,9 +19,8 @@ def evaluation_results(report: AuditReport, dataset_type: str, dataset_name: str
         report ([`~hf_imitate.AuditReport`]):
             What an audit found.
         dataset_type (`str`):
-            Id of the data set on the Hub, or a word for one that is not there.
-        dataset_name (`str`):
-            Its name, for people.
+            Id of the data set on the Hub, or a word for one that is not there. Which of its rows were asked, the name
+            says as the report does.
 
     Returns:
         `list[EvalResult]`: value and name as the Hub knows them; interval, unit, confidence, n and whether it is
@@ -31,7 +30,7 @@ def evaluation_results(report: AuditReport, dataset_type: str, dataset_name: str
         "task_type": _TASK,
         "task_name": "imitation of human answers",
         "dataset_type": dataset_type,
-        "dataset_name": dataset_name,
+        "dataset_name": _shown(report.dataset),
         "dataset_args": {
             "num_questions": report.num_questions,
             "plan_hash": _shown(report.plan_hash),

@@ -26,6 +26,8 @@ from urllib.parse import unquote, urlsplit
 
 import yaml
 
+from hf_imitate.hub_cards.licenses import LICENSES, OTHER
+
 TOKEN = "hf_loopback"
 LFS_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.parquet", "*.png", "tokenizer.json")
 DATE = "2026-01-01T00:00:00.000Z"
@@ -195,6 +197,8 @@ def _metadata_errors(content: str) -> list[str]:
         return ["The metadata must be a mapping."]
     errors = [f'"{key}" must be a string' for key in ("library_name", "pipeline_tag", "license")
               if not isinstance(data.get(key, ""), str)]  # fmt: skip
+    if data.get("license", "mit") not in {*LICENSES, OTHER}:
+        errors.append('"license" must be one of the ids in https://hf.co/docs/hub/repositories-licenses')
     for key in ("tags", "datasets", "base_model"):
         values = data.get(key, [])
         values = [values] if isinstance(values, str) else values

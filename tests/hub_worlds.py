@@ -219,10 +219,9 @@ def go_on(folder: str) -> dict[str, Any]:
     plain = GRPOTrainer("me/base", reward_funcs=reward, args=config, train_dataset=rows.select_columns(["prompt"]))
     latent_worlds.train(plain)
     found["reward"] = [entry["reward"] for entry in plain.state.log_history if "reward" in entry]
-    first = AutoPeftModelForCausalLM.from_pretrained("me/retrodictive-adapter", is_trainable=True)
-    before = logits(first, "adversarial")
+    before = logits(Imitator.from_pretrained("me/retrodictive-adapter", device="cpu").model, "adversarial")
     stages = {
-        "adapter": {"model": first, "arguments": {"processing_class": AutoTokenizer.from_pretrained("me/base")}},
+        "adapter": {"model": "me/retrodictive-adapter"},
         "full": {"model": "me/retrodictive-full", "arguments": {"peft_config": tiny_runs.lora()}},
     }
     for name, given in stages.items():

@@ -91,13 +91,15 @@ def lora(**changes: Any) -> LoraConfig:
     return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **changes})
 
 
-def make(folder: Path, world: Path, dataset: Dataset | None = None, full: bool = False, **changes: Any) -> Any:
+def make(folder: Path, world: Any, dataset: Dataset | None = None, full: bool = False, **changes: Any) -> Any:
     """A trainer; `arguments` among the changes go to it, the others to its settings."""
     arguments = changes.pop("arguments", {})
     if not full:
         arguments = {"peft_config": lora(), **arguments}
     given = {"train_dataset": rows() if dataset is None else dataset, **arguments}
-    return LatentRetrodictiveTrainer(model=str(world), args=settings(folder, **changes), **given)
+    return LatentRetrodictiveTrainer(
+        model=str(world) if isinstance(world, Path) else world, args=settings(folder, **changes), **given
+    )
 
 
 def train(trainer: Any, **kwargs: Any) -> Any:

@@ -485,9 +485,3 @@ def test_rows_of_weight_zero_are_asked_and_teach_nothing(tiny_model_dir, tmp_pat
     )
     assert set(trainer.likelihood.rows.train) | set(trainer.likelihood.rows.heldout) == set(range(16, 32))
     train(trainer)
-
-
-def test_a_folder_with_an_adapter_is_refused_before_anything_is_loaded(tiny_model_dir, tmp_path):
-    (tmp_path / "adapter_config.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(ValueError, match="AutoPeftModelForCausalLM"):
-        make(tmp_path, tmp_path)

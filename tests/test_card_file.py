@@ -10,6 +10,7 @@ from concurrent.futures import Future
 import pytest
 import torch
 from exact_runs import ANSWERS, make, run
+from huggingface_hub import ModelCard
 from test_model_card import HOSTILE, facts, filled, report
 from tiny_runs import make as make_game
 from tiny_runs import rows, train
@@ -311,3 +312,20 @@ def test_a_second_model_on_a_local_base_is_refused_before_training_too(tmp_path,
     with pytest.raises(ValueError, match=f"its base is a local folder that nobody else has.*{cure}"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_a_licence_that_the_hub_does_not_know_is_another_with_a_name_and_other_alone_is_none(tmp_path, caplog):
+    write_facts(tmp_path, {"objective": "retrodictive"})
+    expected = {"MIT": ("mit", None), "Apache-2.0": ("apache-2.0", None), "apache2": ("other", "apache2")}
+    expected["Our Club's Own, v1.0"] = ("other", "our-club-s-own-v1.0")
+    for given, (license_id, name) in expected.items():
+        caplog.clear()
+        data = ModelCard.load(write_card(tmp_path, license=given)).data
+        assert (data.license, data.license_name) == (license_id, name)
+        assert ("The Hub has no licence id" in caplog.text) is (name is not None)
+        assert ("'apache-2.0'" in caplog.text) is (given == "apache2")
+    before = (tmp_path / "README.md").read_text()
+    with pytest.raises(ValueError, match=r"`license` is 'other', which names none"):
+        write_card(tmp_path, license="other")
+    assert (tmp_path / "README.md").read_text() == before
+    assert "Our Club" in before

@@ -113,6 +113,7 @@ def test_who_may_not_read_cannot_tell_private_from_missing_and_nobody_else_write
         "tags: [unclosed",
         "- a list",
         "license: [mit]",
+        "license: my own",
         "tags: [1]",
         "base_model: /local/path",
         "model-index: nothing",

@@ -120,6 +120,7 @@ def filled(text: str) -> CardFacts:
         repo_id=text,
         base_model=text,
         base_revision=text,
+        started_from=text,
         papers=(Paper(text, text, text),),
         dataset_name=text,
         answered_by=text,
@@ -223,10 +224,11 @@ def test_a_card_full_of_hostile_strings_is_still_that_card(text, tmp_path):
     loaded = ModelCard.load(tmp_path / "README.md")
     assert str(loaded) == str(card)
 
-    assert card.data.tags[-1] == card.data.license
-    assert card.data.license == visible(text) or len(text) > 1000 > len(card.data.license)
+    assert card.data.tags[-1] == visible(text) or len(text) > 1000 > len(card.data.tags[-1])
+    assert card.data.license == "other"
+    assert re.fullmatch(r"[a-z0-9.+-]{1,100}", card.data.license_name)
     ours = {"base_model", "datasets", "library_name", "license", "model-index", "pipeline_tag", "tags"}
-    assert set(card.data.to_dict()) <= ours
+    assert set(card.data.to_dict()) <= {*ours, "license_name"}
     assert [finding.value for finding in findings_of(loaded)] == [f.value for f in report().findings[:6]]
     shown, expected = (page(one.text) for one in (card, render_card(filled("harmless text"))))
     assert [tag for tag in shown.tags if tag != "code"] == [tag for tag in expected.tags if tag != "code"]
@@ -266,6 +268,7 @@ def test_the_model_index_parses_back_to_the_audits_numbers_and_intervals(tmp_pat
         assert one == dataclasses.replace(other, detail="")
     (result, *_) = ModelCard.load(tmp_path / "README.md").data.eval_results
     assert (result.dataset_type, result.dataset_args["plan_hash"]) == ("me/answers", given.plan_hash)
+    assert result.dataset_name == given.dataset
     assert findings_of(render_card(facts())) == ()
 
 
@@ -324,6 +327,12 @@ def test_settings_are_shown_as_they_took_effect():
         "| `distinguisher_learning_rate` | `0.5` |"
         in render_card(facts(settings={**rates, "distinguisher_learning_rate": 0.5})).text
     )
+
+
+def test_a_coefficient_that_was_not_set_is_shown_as_it_took_effect():
+    for budget, shown in ((None, "1.0"), (0.5, "what keeps the budget")):
+        text = render_card(facts(settings={"retrodictive_coef": None, "retrodictive_budget": budget})).text
+        assert f"| `retrodictive_coef` | `{shown}` |" in text
 
 
 def test_a_run_that_measured_nothing_held_out_says_so_and_warns_of_no_number():

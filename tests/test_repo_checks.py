@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hf_imitate import Distinguisher, Imitator
-from hf_imitate.causal_lm import commit_of
+from hf_imitate.causal_lm import commit_of, hub_checkpoint
 from hf_imitate.hub_cards.card_file import read_facts
 from hf_imitate.repo_checks import MAX_JSON_BYTES, UnsafeRepoError, check_repo, read_object
 
@@ -273,6 +273,33 @@ def test_a_base_of_the_hub_keeps_its_name_and_is_loaded_at_the_commit_that_was_r
     adapter = imitator.model.peft_config["default"]
     assert (adapter.base_model_name_or_path, adapter.revision) == ("me/base", None)
     assert commit_of("me/base") == "c" * 40
+
+
+def test_a_checkpoint_of_the_hub_is_read_before_a_run_goes_on_from_it(repo, hub_cache, tmp_path):
+    run = tmp_path / "run"
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-x"):
+        shutil.copytree(repo, run / name)
+    change(run / "checkpoint-10", "adapter_config.json", target_modules=HANGS)
+    snapshot = hub_cache(run, "me/run")
+    with pytest.raises(UnsafeRepoError, match="`target_modules` is neither"):
+        hub_checkpoint("me/run")
+    shutil.rmtree(snapshot / "checkpoint-10")
+    assert hub_checkpoint("me/run").name == "checkpoint-9"
+
+
+@pytest.mark.parametrize("load", LOADS, ids=["imitator", "distinguisher"])
+@pytest.mark.parametrize("place", ["folder", "hub"])
+def test_a_base_of_pickles_alone_is_refused_by_name(with_base, full_repo, hub_cache, tmp_path, load, place):
+    """transformers would have looked for a conversion of somebody's, at no commit and of no size that was checked."""
+    (full_repo / "model.safetensors").unlink()
+    (full_repo / "pytorch_model.bin").write_bytes(pickle.dumps(Ran(tmp_path / "ran")))
+    base = str(full_repo)
+    if place == "hub":
+        hub_cache(full_repo, "me/base")
+        base = "me/base"
+    with pytest.raises(FileNotFoundError, match=r"holds no safetensors weights\. Pickles"):
+        load(with_base(base))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_full_weights_beside_an_adapters_config_do_not_lead_on(full_repo):

@@ -5,7 +5,6 @@ No message holds a row's text: columns, row numbers and counts only.
 
 import itertools
 import logging
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,6 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from hf_imitate.checks import Check, check_outcomes
-from hf_imitate.distinguisher import ADAPTER_NAME
 from hf_imitate.human_rows import ROW_COLUMN, HumanRows, question_lengths
 from hf_imitate.rendering import Renderer, canonical_text
 from hf_imitate.rows import check_columns
@@ -160,38 +158,6 @@ def _name(distinguisher: Any) -> str:
 
 def _is_same(one: Any, other: Any) -> bool:
     return isinstance(one, str) and isinstance(other, str) and one == other
-
-
-def check_model(model: Any, is_frozen: bool = False) -> None:
-    """Check the imitator's model before anything is loaded or changed; a frozen one need not be trainable.
-
-    Raises:
-        ValueError: a path holds an adapter; an adapter could not be trained, saved or told from the distinguisher's.
-    """
-    if isinstance(model, str) and os.path.isfile(os.path.join(model, "adapter_config.json")):
-        raise ValueError(
-            f"`model` {model!r} is a folder with an adapter, perhaps an imitator trained before. To go on training "
-            "it, pass `AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True)` and no `peft_config`."
-        )
-    if not isinstance(model, PeftModel):
-        return
-    adapters = list(model.peft_config)
-    if model.active_adapter != "default":
-        raise ValueError(
-            f"The PeftModel's active adapter is {model.active_adapter!r}; the imitator is saved from the one called "
-            "'default'. Load it under that name, `PeftModel.from_pretrained(base, path, is_trainable=True)`."
-        )
-    if ADAPTER_NAME in adapters:
-        raise ValueError(
-            f"The PeftModel already carries an adapter '{ADAPTER_NAME}', perhaps of an earlier run. Remove it by "
-            f"`model.delete_adapter('{ADAPTER_NAME}')`, or go on with that run by "
-            "`trainer.train(resume_from_checkpoint=True)`."
-        )
-    if not (is_frozen or any(parameter.requires_grad for parameter in model.parameters())):
-        raise ValueError(
-            f"No parameter of the PeftModel (adapters {adapters}) is trainable. Load the adapter with "
-            "`PeftModel.from_pretrained(base, path, is_trainable=True)`."
-        )
 
 
 def check_lengths(

@@ -27,7 +27,6 @@ from hf_imitate.trainers.adversarial_inputs import (
     check_evaluation,
     check_frozen,
     check_lengths,
-    check_model,
     named_sets,
     try_checks,
 )
@@ -61,6 +60,7 @@ from hf_imitate.trainers.phases import (
     warmup_caps,
 )
 from hf_imitate.trainers.ranks import agreed
+from hf_imitate.trainers.starting_model import starting_model
 from hf_imitate.trainers.tally import Tally
 
 
@@ -96,7 +96,7 @@ class AdversarialTrainer(FiniteSteps, AdversarialSaving, AdversarialPlan, GRPOTr
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The imitator to train: any causal LM.
+            The imitator to train: any causal LM, or an adapter to train further.
         args ([`AdversarialConfig`], *optional*): settings.
         train_dataset ([`~datasets.Dataset`]):
             Rows with `prompt` and `completion`, what a human answered; `weight` (float) optional. All other columns
@@ -173,26 +173,24 @@ class AdversarialTrainer(FiniteSteps, AdversarialSaving, AdversarialPlan, GRPOTr
         check_rewards(reward_funcs, args.reward_weights)
         role = check_data(train_dataset, eval_dataset, args)
         check_best_metric(eval_dataset, args)
-        check_model(model, args.freeze_imitator)
         check_frozen(args, reward_funcs, optimizers)
         check_distinguisher(distinguisher)
         try_checks(self.checks, train_dataset)
         self._failures: list[Exception] = []  # of rewards, in this generation batch
         # TRL counts the distinguisher's reward, too; the user's settings stay as they were given.
         weights, args.reward_weights = args.reward_weights, None
+        own = (processing_class, args, peft_config, quantization_config, args.freeze_imitator)
         try:
-            super().__init__(
-                model=model,
-                reward_funcs=[distinguisher_reward, *(guarded(reward, self._failures) for reward in reward_funcs)],
-                args=args,
-                train_dataset=with_row_numbers(train_dataset),
-                eval_dataset=eval_dataset,
-                processing_class=processing_class,
-                callbacks=callbacks,
-                optimizers=optimizers,
-                quantization_config=quantization_config,
-                peft_config=peft_config,
-            )
+            with starting_model(self, model, *own) as start:
+                super().__init__(
+                    **start,
+                    reward_funcs=[distinguisher_reward, *(guarded(reward, self._failures) for reward in reward_funcs)],
+                    args=args,
+                    train_dataset=with_row_numbers(train_dataset),
+                    eval_dataset=eval_dataset,
+                    callbacks=callbacks,
+                    optimizers=optimizers,
+                )
         finally:
             args.reward_weights = weights
         self.reward_weights = torch.tensor([1.0, *(weights or [1.0] * len(reward_funcs))])

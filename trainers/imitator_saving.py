@@ -45,6 +45,8 @@ class ImitatorSaving(AtomicSaving):
     and `check_checkpoint` what a resumed run needs.
     """
 
+    started_from: str | None = None  # an adapter's repo or folder, where its training goes on
+
     def __init__(self, *args, **kwargs):
         self._pushes = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push")
         self._step_of_weights: int | None = None  # of the best checkpoint, once it was loaded
@@ -230,6 +232,7 @@ class ImitatorSaving(AtomicSaving):
             "repo_id": self.hub_model_id,
             "base_model": self.model.config._name_or_path or None,
             "base_revision": facts["base_revision"],
+            "started_from": self.started_from,
             "papers": (Paper(**self._paper),),
             "dataset_name": dataset_name,
             "num_rows": facts["dataset"]["num_rows"],

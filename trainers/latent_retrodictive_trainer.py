@@ -21,7 +21,7 @@ from hf_imitate.retrodictor import Thinkers
 from hf_imitate.rows import is_conversational_row
 from hf_imitate.scoring import num_positions
 from hf_imitate.thoughts import settle_thought_law
-from hf_imitate.trainers.adversarial_inputs import check_best_metric, check_model
+from hf_imitate.trainers.adversarial_inputs import check_best_metric
 from hf_imitate.trainers.adversarial_setup import preserved_random_state, show_total
 from hf_imitate.trainers.checkpoints import TakeUpTheLog, rows_digest
 from hf_imitate.trainers.engines import Engine
@@ -45,6 +45,7 @@ from hf_imitate.trainers.latent_setup import (
 from hf_imitate.trainers.latent_steps import LatentSteps
 from hf_imitate.trainers.ranks import agreed
 from hf_imitate.trainers.retrodictive_rows import RowCounts, settle_renderer
+from hf_imitate.trainers.starting_model import starting_model
 from hf_imitate.trainers.tally import Tally
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,8 @@ class LatentRetrodictiveTrainer(FiniteSteps, LatentSaving, SFTTrainer):
     known, is an exact sample of the posterior: both models learn its likelihood.
 
     Args:
-        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): the imitator to train.
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The imitator to train: any causal LM, or an adapter to train further, with a new retrodictor.
         args ([`LatentRetrodictiveConfig`], *optional*): settings.
         train_dataset ([`~datasets.Dataset`]):
             Rows with `prompt` and `completion`, plain or conversational; optional `weight` (float) and `thought` (text
@@ -124,8 +126,6 @@ class LatentRetrodictiveTrainer(FiniteSteps, LatentSaving, SFTTrainer):
             args = LatentRetrodictiveConfig(f"{name.split('/')[-1] or 'model'}-imitator")
         role = check_latent_rows(train_dataset, eval_dataset)
         check_best_metric(eval_dataset, args)
-        check_model(model)
-        check_no_retrodictor(model)
         self.thinkers: Thinkers | None = None  # until model and tokenizer are there
         self._tally = Tally()
         self._counts: dict[str, RowCounts] = {}
@@ -133,18 +133,18 @@ class LatentRetrodictiveTrainer(FiniteSteps, LatentSaving, SFTTrainer):
         self._fingerprint = checked._fingerprint
         question = checked[0]["prompt"]
         self._is_conversational = is_conversational_row(question)
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=collate_latent_rows,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-        )
+        own = (processing_class, args, peft_config, quantization_config)
+        with starting_model(self, model, *own) as start:
+            check_no_retrodictor(start["model"])
+            super().__init__(
+                **start,
+                args=args,
+                data_collator=collate_latent_rows,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                callbacks=callbacks,
+                optimizers=optimizers,
+            )
         self.renderer = settle_renderer(
             self._tokenizer, self.model.generation_config, question, role, args.chat_template_kwargs
         )

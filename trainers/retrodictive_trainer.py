@@ -17,7 +17,7 @@ from hf_imitate.hub_cards.facts import CardFacts, CardMetric
 from hf_imitate.log_probs import nats_to_bits
 from hf_imitate.rendering import Renderer
 from hf_imitate.rows import is_conversational_row
-from hf_imitate.trainers.adversarial_inputs import check_best_metric, check_model
+from hf_imitate.trainers.adversarial_inputs import check_best_metric
 from hf_imitate.trainers.checkpoints import TakeUpTheLog
 from hf_imitate.trainers.finite import FiniteSteps, check_loss
 from hf_imitate.trainers.imitator_saving import LIBRARIES
@@ -40,6 +40,7 @@ from hf_imitate.trainers.retrodictive_rows import (
     sums_by_row,
 )
 from hf_imitate.trainers.retrodictive_saving import RetrodictiveSaving
+from hf_imitate.trainers.starting_model import starting_model
 from hf_imitate.trainers.tally import Tally
 
 # What decides the result, for `imitation.json` and the card.
@@ -74,7 +75,7 @@ class RetrodictiveTrainer(FiniteSteps, RetrodictiveSaving, SFTTrainer):
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The imitator to train: any causal LM.
+            The imitator to train: any causal LM, or an adapter to train further.
         args ([`RetrodictiveConfig`], *optional*): settings.
         train_dataset ([`~datasets.Dataset`]):
             Rows with `prompt` and `completion`, what a human answered, plain or conversational; `weight` (float)
@@ -131,23 +132,21 @@ class RetrodictiveTrainer(FiniteSteps, RetrodictiveSaving, SFTTrainer):
             args = RetrodictiveConfig(f"{name.split('/')[-1] or 'model'}-imitator")
         role = check_rows(train_dataset, eval_dataset)
         check_best_metric(eval_dataset, args)
-        check_model(model)
         check_padding(processing_class)
         self.renderer: Renderer
         self._counts: RowCounts  # of the data set that was prepared last
         self._is_assembled = False  # rows wait until model and tokenizer are there
         self._tally = Tally()
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=plain_columns(train_dataset),
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-        )
+        own = (processing_class, args, peft_config, quantization_config)
+        with starting_model(self, model, *own) as start:
+            super().__init__(
+                **start,
+                args=args,
+                train_dataset=plain_columns(train_dataset),
+                eval_dataset=eval_dataset,
+                callbacks=callbacks,
+                optimizers=optimizers,
+            )
         parallel = self.accelerator.parallelism_config
         if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
             raise ValueError(
