@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers.training_args import HubStrategy
-from trl import GRPOConfig
+from trl import GRPOConfig, SFTConfig
 
 from hf_imitate.losses import DISTINGUISHER_LOSSES, IMITATOR_REWARDS
 from hf_imitate.trainers.warmup_setting import steps_or_auto
@@ -14,6 +14,24 @@ BITS = ("/bits_per_answer", "/bits_per_byte")
 LOWEST_BITS = "eval_retrodiction/bits_per_answer"
 # What may stand in `generation_kwargs`: how answers are computed, not how they are drawn or where they end.
 LAWLESS_GENERATION = ("use_cache", "cache_implementation", "cache_config", "pad_token_id", "bos_token_id")
+
+
+def check_saving(args: GRPOConfig | SFTConfig) -> None:
+    """Refuse checkpoints from which a run would not go on to the same bits.
+
+    Raises:
+        ValueError: a setting makes such; the message names it.
+    """
+    if args.enable_jit_checkpoint:
+        raise ValueError(
+            "`enable_jit_checkpoint=True` saves on SIGTERM in the middle of a step, from where no run goes on to the "
+            "same bits. Leave it at False: a SIGTERM saves after the step as it is."
+        )
+    if args.ignore_data_skip:
+        raise ValueError(
+            "`ignore_data_skip=True` shows a resumed run rows that it has already seen in place of those that come "
+            "next. Leave it at False."
+        )
 
 
 @dataclass
@@ -81,6 +99,9 @@ class AdversarialConfig(GRPOConfig):
             result is for `Imitator.answer(..., resample=K)`. There is no imitator warm-up, no policy term and no
             likelihood term, so settings of these are errors, and the steps of the game are more of the
             distinguisher's warm-up, at a rate that follows the schedule.
+        force_resume (`bool`, *optional*, defaults to `False`):
+            Whether a resumed run may have other settings, rows or adapters than the checkpoint it goes on from; a
+            warning then names them, and the last bits are no longer the same. `--force` on the command line.
     """
 
     learning_rate: float = field(default=2e-5, metadata={"help": "Learning rate of the imitator in the game."})
@@ -219,6 +240,7 @@ class AdversarialConfig(GRPOConfig):
                 f"`retrodictive_budget`={self.retrodictive_budget} are given; the budget sets the coefficient itself. "
                 "Give one of them."
             )
+        check_saving(self)
         if self.remove_unused_columns:
             raise ValueError(
                 "`remove_unused_columns` is True, which drops the human's answers before anyone sees them. Set False."
