@@ -145,7 +145,7 @@ def _folders(folder: Path) -> Iterable[Path]:
 
 def _check_stays_inside(path: Path, folder: Path) -> None:
     root = folder.resolve()
-    # The Hub's cache keeps contents in `blobs/` beside `snapshots/<commit>/`, and links to them, also from checkpoints.
+    # The Hub's cache keeps contents in `blobs/` beside `snapshots/<commit>/`, and links to them, from checkpoints too.
     allowed = [root, *(place.parent / "blobs" for place in root.parents[:2] if place.name == "snapshots")]
     if not any(path.resolve().is_relative_to(place) for place in allowed):
         raise UnsafeRepoError(

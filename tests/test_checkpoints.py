@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import save_file
 from tiny_runs import Watched, make, rows, run, train
 
-from hf_imitate import Imitator
+from hf_imitate import AdversarialConfig, Imitator
 from hf_imitate.human_rows import HumanRow
 from hf_imitate.rendering import Answer, Rendered
+from hf_imitate.trainers.atomic_checkpoints import MARKER
 from hf_imitate.trainers.checkpoints import (
     LAST_WRITTEN,
     STATE_VERSION,
@@ -23,6 +25,7 @@ from hf_imitate.trainers.checkpoints import (
     damage,
     data_digest,
     newest_complete_checkpoint,
+    settings_of_the_course,
 )
 
 SAVING = {"save_strategy": "steps", "save_steps": 1}
@@ -39,6 +42,15 @@ def saved(tmp_path_factory, tiny_model_dir):
 def output(saved, tmp_path):
     """A copy of it."""
     return shutil.copytree(saved, tmp_path / "run")
+
+
+@pytest.fixture(params=["marked", "from before markers"])
+def either(output, request):
+    """A run's checkpoints with our marker, or as transformers leaves them."""
+    if request.param != "marked":
+        for path in checkpoints(output):
+            (path / MARKER).unlink()
+    return output
 
 
 def cut_off(file: Path) -> None:
@@ -64,28 +76,29 @@ def test_the_newest_checkpoint_is_that_of_the_highest_step(output):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_checkpoint_that_lacks_a_file_is_passed_over(output, name, caplog):
-    file = output / "checkpoint-2" / name
+def test_a_checkpoint_that_lacks_a_file_is_passed_over(either, name, caplog):
+    file = either / "checkpoint-2" / name
     assert damage(file.parent) is None
     file.unlink()
     assert damage(file.parent) == f"{name} is missing"
     with caplog.at_level(logging.WARNING):
-        assert checkpoint_to_resume(output).name == "checkpoint-1"
+        assert checkpoint_to_resume(either).name == "checkpoint-1"
     assert f"{name} is missing" in caplog.text
 
 
 @pytest.mark.parametrize("name", [*FILES, "adapter_model.safetensors", "distinguisher/adapter_model.safetensors"])
 @pytest.mark.parametrize("size", [0, 7, -2], ids=["empty", "begun", "but for its end"])
-def test_a_checkpoint_with_a_file_that_was_cut_off_is_passed_over(output, name, size):
-    file = output / "checkpoint-2" / name
+def test_a_checkpoint_with_a_file_that_was_cut_off_is_passed_over(either, name, size):
+    file = either / "checkpoint-2" / name
     file.write_bytes(file.read_bytes()[:size])
-    assert damage(output / "checkpoint-2") == f"{name} is cut off"
-    assert checkpoint_to_resume(output).name == "checkpoint-1"
+    assert damage(either / "checkpoint-2") == f"{name} is cut off"
+    assert checkpoint_to_resume(either).name == "checkpoint-1"
 
 
 def test_a_safetensors_file_is_as_long_as_its_header_says(output):
     """Half of the last tensor is gone, and all that is left can be read."""
     file = output / "checkpoint-2" / "adversarial_state_0.safetensors"
+    (file.parent / MARKER).unlink()
     save_file({"a": torch.zeros(0), "b": torch.arange(100.0)}, file)
     assert damage(file.parent) is None
     file.write_bytes(file.read_bytes()[:-200])
@@ -141,6 +154,7 @@ def test_a_checkpoint_that_is_named_and_not_whole_is_refused_by_the_file(output,
 
 def test_a_checkpoint_of_another_version_is_refused(output):
     file = output / "checkpoint-2" / "adversarial_state_0.json"
+    (file.parent / MARKER).unlink()
     file.write_text(json.dumps({**json.loads(file.read_text()), "version": 1}))
     with pytest.raises(ValueError, match=f"is of version 1, and {STATE_VERSION} is needed"):
         check_resumable(output / "checkpoint-2", 0, {})
@@ -165,6 +179,12 @@ OTHERWISE = {
     "budget": ({"retrodictive_budget": 1.0}, "`retrodictive_budget` was None and is 1.0"),
     "heldout": ({"heldout_fraction": 0.5}, "`heldout_fraction` was 0.25 and is 0.5"),
     "seed": ({"seed": 7}, "`seed` was 42 and is 7"),
+    "momentum": ({"adam_beta1": 0.8}, "`adam_beta1` was 0.9 and is 0.8"),
+    "clipping": ({"epsilon_high": 0.3}, "`epsilon_high` was None and is 0.3"),
+    "adapter": (
+        {"arguments": {"peft_config": LoraConfig(r=4, lora_alpha=16, target_modules="all-linear")}},
+        "`peft_config.lora_alpha` was 8 and is 16",
+    ),
     "no adapter": ({"full": True}, "`imitator` was 'an adapter' and is 'all weights'"),
     "check": ({"arguments": {"checks": [a_check]}}, r"`checks` was \[\] and is \['a_check'\]"),
     "reward": (
@@ -189,6 +209,48 @@ def test_a_resumed_run_may_be_longer_than_the_first(saved, tmp_path, tiny_model_
     second = make(tmp_path, tiny_model_dir, max_steps=4, logging_steps=2)
     train(second, resume_from_checkpoint=str(saved / "checkpoint-2"))
     assert second.state.global_step == second.state.max_steps == 4
+
+
+def test_a_changed_setting_goes_on_where_it_is_forced_and_the_log_names_it(saved, tmp_path, tiny_model_dir, caplog):
+    again = make(tmp_path, tiny_model_dir, learning_rate=2e-3, seed=7, max_steps=3, force_resume=True)
+    with caplog.at_level(logging.WARNING):
+        train(again, resume_from_checkpoint=str(saved / "checkpoint-2"))
+    assert "`learning_rate` was 0.001 and is 0.002; `seed` was 42 and is 7. It goes on all the same" in caplog.text
+    assert again.state.global_step == 3
+
+
+@pytest.mark.parametrize("name", ["no adapter", "rows"])
+def test_what_could_not_be_loaded_is_refused_even_where_it_is_forced(saved, tmp_path, tiny_model_dir, name):
+    changes, message = OTHERWISE[name]
+    trainer = make(tmp_path, tiny_model_dir, force_resume=True, **changes)
+    with pytest.raises(ValueError, match=f"{message}.*does not help here"):
+        trainer.train(resume_from_checkpoint=str(saved / "checkpoint-1"))
+
+
+def test_settings_that_leave_the_course_as_it_is_may_change(saved, tmp_path, tiny_model_dir):
+    """As may those that a later version is the first to know."""
+    other = {
+        "logging_steps": 5,
+        "save_total_limit": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "per_device_eval_batch_size": 4,
+    }
+    trainer = make(tmp_path, tiny_model_dir, max_steps=3, **other)
+    trainer.check_checkpoint(str(saved / "checkpoint-1"))
+    facts = {**trainer._run_facts(), "new in this version": 1}
+    check_resumable(saved / "checkpoint-1", 0, facts)
+
+
+def test_a_longer_run_is_another_one_where_the_schedule_depends_on_its_length():
+    def course(**given):
+        return settings_of_the_course(AdversarialConfig("nowhere", report_to="none", **given))
+
+    assert "max_steps" not in course(max_steps=5, lr_scheduler_type="constant")
+    assert "max_steps" not in course(max_steps=5, lr_scheduler_type="constant_with_warmup", warmup_steps=3)
+    assert course(max_steps=5, lr_scheduler_type="constant_with_warmup", warmup_steps=0.1)["max_steps"] == 5
+    assert course(max_steps=5, lr_scheduler_type="linear")["max_steps"] == 5
+    assert course(num_train_epochs=2, lr_scheduler_type="cosine")["num_train_epochs"] == 2
 
 
 def test_a_digest_knows_every_question_answer_and_weight_and_shows_none():

@@ -4,8 +4,6 @@ import dataclasses
 import json
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +14,10 @@ from safetensors.torch import load_file
 from tiny_runs import distinguisher_weights, imitator_weights, make, rows, train
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
+from benchmarks.worlds.reliability import kills
 from hf_imitate.plateau import Plateau
 from hf_imitate.trainers import adversarial_plan
 
-TESTS = Path(__file__).parent
 CLOCK = ("runtime", "per_second", "step_time")
 
 
@@ -208,134 +206,26 @@ def test_a_run_with_a_distinguisher_of_another_size_goes_on(tmp_path, tiny_model
 
 # --- a process that is killed
 
-# Forks, so that nothing is imported twice: each child is a process of its own and dies by a real SIGKILL.
-KILLED = """
-import json, os, random, signal, sys, time
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from test_resume import fingerprint, killable
-from hf_imitate.trainers.checkpoints import checkpoints, damage
-from tiny_runs import train
-
-folder, model, plans = Path({folder!r}), Path({model!r}), json.loads({plans!r})
-
-def child(where, resume, plan):
-    if "opens" in plan:
-        name, number = plan["opens"]
-        count = 0
-        def watch(event, arguments):
-            nonlocal count
-            if event == "open" and isinstance(arguments[0], (str, os.PathLike)) and "w" in str(arguments[1]):
-                path = Path(arguments[0])
-                if path.name == name and "checkpoint-" in str(path):
-                    count += 1
-                    if count == number:
-                        path.write_bytes(path.read_bytes()[:-9] if path.exists() else b"")
-                        os.kill(os.getpid(), signal.SIGKILL)
-        sys.addaudithook(watch)
-    trainer = killable(where, model)
-    train(trainer, resume_from_checkpoint=resume)
-    Path(where, "end.json").write_text(json.dumps(fingerprint(trainer)))
-
-def attempt(where, resume, plan):
-    pid = os.fork()
-    if pid == 0:
-        try:
-            child(where, resume, plan)
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    if "after" in plan:
-        time.sleep(plan["after"])
-        os.kill(pid, signal.SIGKILL)
-    status = os.waitpid(pid, 0)[1]
-    return signal.SIGKILL if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL else status
-
-whole = folder / "whole"
-whole.mkdir()
-begin = time.time()
-assert attempt(whole, None, {{}}) == 0
-duration = time.time() - begin
-killed = folder / "killed"
-killed.mkdir()
-report = []
-for plan in [*plans, {{}}, {{}}]:  # and once more where it had ended
-    if "after" in plan:
-        plan = {{"after": plan["after"] * duration}}
-    found = [(path.name, damage(path)) for path in checkpoints(killed / "run")]
-    resume = any(lack is None for _, lack in found) or None
-    status = attempt(killed, resume, plan)
-    report.append({{"plan": plan, "found": found, "killed": status == signal.SIGKILL, "status": status}})
-ends = [json.loads(Path(path, "end.json").read_text()) for path in (whole, killed)]
-differ = [name for name in ends[0] if ends[0][name] != ends[1].get(name)]
-print("REPORT", json.dumps({{"report": report, "differ": differ, "duration": duration}}))
-"""
-
-
-def killable(folder, model):
-    """A run over all phases that saves every step and keeps two checkpoints."""
-    return make(
-        folder,
-        model,
-        dataset=half_answered(),
-        arguments={"checks": [short_or_none]},
-        **{"imitator_warmup_steps": 1, "distinguisher_warmup_steps": 2, "max_steps": 5, "steps_per_generation": 2},
-        **{"per_device_train_batch_size": 4, "retrodictive_budget": 1.0, "allow_unlabelled": True, "use_cpu": True},
-        **{"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "gradient_accumulation_steps": 1},
-    )
-
-
-def fingerprint(trainer):
-    """The state and the history of a trainer as JSON, tensors by their bytes."""
-    found = {
-        name: value.contiguous().numpy().tobytes().hex() if isinstance(value, torch.Tensor) else value
-        for name, value in state_of(trainer).items()
-    }
-    return {**found, "history": json.dumps(history(trainer), sort_keys=True)}
-
-
-def kill(folder, model, plans):
-    """Run `killable` once in peace, and once killed as each plan says and resumed after it."""
-    code = KILLED.format(tests=str(TESTS), folder=str(folder), model=str(model), plans=json.dumps(plans))
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)},
-        capture_output=True,
-        text=True,
-        timeout=800,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("REPORT ")]
-    return json.loads(line.removeprefix("REPORT "))
-
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-def test_a_run_killed_in_the_middle_of_saving_resumes_to_the_same_bits(tmp_path, tiny_model_dir):
-    """A process dies by SIGKILL while it writes one file or another of a checkpoint, and at a random moment."""
-    moment = random.Random(0).uniform(0.3, 0.6)
-    plans = [
-        {"opens": ["adversarial_state_0.json", 2]},
-        {"opens": ["trainer_state.json", 2]},
-        {"opens": ["imitation.json", 2]},
-        {"after": moment},
+def test_a_run_killed_while_it_saves_rotates_or_learns_resumes_to_the_same_bits():
+    """A few points of the sweep in `benchmarks/reliability.py`: each child dies by a real SIGKILL."""
+    points = [
+        {"step": 3, "event": "store optimizer.pt", "torn": True},
+        {"step": 4, "event": "flush adversarial_state_0.safetensors", "torn": True},
+        {"step": 7, "event": "rename new", "torn": False},
+        {"step": 5, "event": "remove adapter_config.json", "torn": False},
+        {"step": 8, "moment": "on_pre_optimizer_step"},  # one generation batch serves steps 4 to 7, the next step 8
+        {"step": 6, "at": "random"},
     ]
-    found = kill(tmp_path, tiny_model_dir, plans)
-    assert found["differ"] == []
-    report = found["report"]
-    assert [entry["killed"] for entry in report[:3]] == [True] * 3
-    assert [entry["status"] for entry in report[4:]] == [0, 0]
-    # Each kill left a checkpoint that was not whole, and it was passed over.
-    for entry in report[1:4]:
-        newest, *others = entry["found"]
-        assert newest[1] is not None
-        assert any(lack is None for _, lack in others)
+    found = kills.sweep_apart("adversarial", points)
+    assert found["differs"] == []
+    assert len(found["points"]) >= 5  # the last may have ended before its time
+    assert all(point["killed"] and point["resumed"] and point["identical"] for point in found["points"])
+    # What was half deleted is passed over; what was half written is no checkpoint at all.
+    assert [bool(point["passed_over"]) for point in found["points"][:4]] == [False, False, False, True]
 
 
 # --- what a checkpoint is made of
@@ -348,6 +238,7 @@ def test_a_checkpoint_holds_no_pickle_but_transformers_own(tmp_path, tiny_model_
     files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
     pickles = {"optimizer.pt", "scheduler.pt", "rng_state.pth"}  # written by transformers, read with `weights_only`
     ours = {
+        "_complete.json",
         *("adversarial_state_0.json", "adversarial_state_0.safetensors", "imitation.json", "README.md"),
         *("distinguisher/adapter_config.json", "distinguisher/adapter_model.safetensors", "distinguisher/checks.json"),
     }

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_imitate import Imitator
 from hf_imitate.trainers import imitator_saving
 from hf_imitate.trainers.checkpoints import checkpoint_to_resume
-from hf_imitate.trainers.imitator_saving import damage
+from hf_imitate.trainers.retrodictive_saving import damage
 
 COMMON = {"README.md", "generation_config.json", "imitation.json", "tokenizer.json", "tokenizer_config.json"}
 

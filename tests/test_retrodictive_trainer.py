@@ -13,8 +13,10 @@ from transformers import AutoTokenizer, Trainer
 from trl import SFTTrainer
 
 from hf_imitate import RetrodictiveTrainer
+from hf_imitate.trainers.atomic_saving import AtomicSaving
 from hf_imitate.trainers.finite import FiniteSteps
 from hf_imitate.trainers.imitator_saving import ImitatorSaving
+from hf_imitate.trainers.retrodictive_saving import RetrodictiveSaving
 from hf_imitate.trainers.retrodictive_trainer import Weighing
 
 THREE_STEPS = {"max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
@@ -225,6 +227,10 @@ OVERRIDES = {
     "create_model_card": SFTTrainer,
     "_get_num_items_in_batch": Trainer,
     "_load_best_model": Trainer,
+    "_load_optimizer_and_scheduler": Trainer,
+    "_save_optimizer_and_scheduler": Trainer,
+    "_save_checkpoint": SFTTrainer,
+    "_get_output_dir": Trainer,
     "_push_from_checkpoint": Trainer,
     "train": Trainer,
     "_get_grad_norm": Trainer,
@@ -237,7 +243,7 @@ OVERRIDES = {
 
 def test_an_override_has_the_signature_of_what_it_overrides_and_is_on_the_list():
     own = {}
-    for kind in (RetrodictiveTrainer, FiniteSteps, ImitatorSaving):
+    for kind in (FiniteSteps, AtomicSaving, ImitatorSaving, RetrodictiveSaving, RetrodictiveTrainer):
         own |= {name: value for name, value in vars(kind).items() if inspect.isfunction(value)}
     assert {name for name in own if hasattr(SFTTrainer, name) and name != "__init__"} == set(OVERRIDES)
     for name, kind in OVERRIDES.items():

@@ -6,8 +6,15 @@ import torch
 from trl import GRPOConfig
 
 from hf_imitate.losses import DISTINGUISHER_LOSSES, IMITATOR_REWARDS
-from hf_imitate.trainers.checkpoints import check_hub_strategy
-from hf_imitate.trainers.settings_checks import COMMON, COUNT, NOT_NEGATIVE, POSITIVE, SHARE, check_numbers
+from hf_imitate.trainers.settings_checks import (
+    COMMON,
+    COUNT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    check_numbers,
+    check_saving,
+)
 from hf_imitate.trainers.warmup_setting import steps_or_auto
 
 TRUNCATED_ANSWERS = ("score", "drop", "penalty")
@@ -90,6 +97,9 @@ class AdversarialConfig(GRPOConfig):
             result is for `Imitator.answer(..., resample=K)`. There is no imitator warm-up, no policy term and no
             likelihood term, so settings of these are errors, and the steps of the game are more of the
             distinguisher's warm-up, at a rate that follows the schedule.
+        force_resume (`bool`, *optional*, defaults to `False`):
+            Whether a resumed run may have other settings, rows or adapters than the checkpoint it goes on from; a
+            warning then names them, and the last bits are no longer the same. `--force` on the command line.
     """
 
     learning_rate: float = field(default=2e-5, metadata={"help": "Learning rate of the imitator in the game."})
@@ -228,11 +238,11 @@ class AdversarialConfig(GRPOConfig):
                 f"`retrodictive_budget`={self.retrodictive_budget} are given; the budget sets the coefficient itself. "
                 "Give one of them."
             )
+        check_saving(self)
         if self.remove_unused_columns:
             raise ValueError(
                 "`remove_unused_columns` is True, which drops the human's answers before anyone sees them. Set False."
             )
-        check_hub_strategy(self)
 
     def _check_ranges(self) -> None:
         if self.max_completion_length is None:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GenerationConfig
 
-from hf_imitate import __version__
 from hf_imitate.distinguisher import ADAPTER_NAME
 from hf_imitate.hub_cards.facts import CardFacts, CardMetric
 from hf_imitate.human_rows import ROW_COLUMN
@@ -28,7 +26,7 @@ from hf_imitate.trainers.checkpoints import (
     model_facts,
     settings_of_the_course,
 )
-from hf_imitate.trainers.imitator_saving import LIBRARIES, ImitatorSaving
+from hf_imitate.trainers.imitator_saving import ImitatorSaving, versions
 from hf_imitate.trainers.phases import DISTINGUISHER_WARMUP, GAME, Phases
 
 logger = logging.getLogger(__name__)
@@ -134,7 +132,7 @@ class AdversarialSaving(ImitatorSaving):
             "checks": list(self.distinguisher.check_names),
             "max_answer_tokens": self.max_completion_length,
             **{"chat_template_kwargs": self.chat_template_kwargs, "completion_role": self.renderer.completion_role},
-            "versions": {"hf-imitate": __version__, **{library: version(library) for library in LIBRARIES}},
+            "versions": versions(),
         }
 
     def card_facts(self, model_name: str | None = None, dataset_name: str | None = None) -> CardFacts:

@@ -143,11 +143,11 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
-        self._is_told = self._must_stop = False
+        self._is_told = False
         self._earlier: Callable[[int, FrameType | None], Any] | int | None = None
 
     def __enter__(self) -> None:
-        self._is_told = self._must_stop = False
+        self._is_told = False
         # Only the main thread may; and a handler that somebody else has set knows better.
         is_ours = threading.current_thread() is threading.main_thread()
         is_ours = is_ours and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -163,15 +163,17 @@ class StopOnSignal(TrainerCallback):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def on_step_end(self, args, state, control, **kwargs):
-        told = gather_object([self._is_told]) if args.world_size > 1 else [self._is_told]
-        self._must_stop = any(told)
-        if self._must_stop and args.save_strategy == SaveStrategy.NO:
+        must_stop = self._is_anybody_told(args)
+        if must_stop and args.save_strategy == SaveStrategy.NO:
             self._leave(state)
-        control.should_save = control.should_save or self._must_stop
+        control.should_save = control.should_save or must_stop
 
     def on_save(self, args, state, control, **kwargs):
-        if self._must_stop:
+        if self._is_anybody_told(args):
             self._leave(state)
+
+    def _is_anybody_told(self, args: Any) -> bool:
+        return any(gather_object([self._is_told])) if args.world_size > 1 else self._is_told
 
     def _leave(self, state: Any) -> None:
         if state.is_world_process_zero:

@@ -13,8 +13,7 @@ from typing import Any
 
 from datasets import Dataset
 from peft import PeftModel
-from transformers import TrainerCallback, TrainingArguments
-from transformers.training_args import HubStrategy
+from transformers import TrainerCallback
 
 from hf_imitate.human_rows import HumanRow
 from hf_imitate.trainers.atomic_checkpoints import is_marked, marked_damage
@@ -237,22 +236,6 @@ def data_digest(prompts: Iterable[Any], answered: Mapping[int, HumanRow]) -> str
         row = answered.get(number - 1)
         text.update(repr((prompt, row and (row.answer, row.weight))).encode("utf-8", "replace"))
     return f"{number} rows, {text.hexdigest()[:16]}"
-
-
-def check_hub_strategy(args: TrainingArguments) -> None:
-    """Refuse to show everybody what a run is taken up from; called by the configs, before a model loads.
-
-    Raises:
-        ValueError: checkpoints would be pushed to a public repository.
-    """
-    strategy = HubStrategy(args.hub_strategy)
-    pushes_them = args.push_to_hub and strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
-    if pushes_them and args.hub_private_repo is False:
-        raise ValueError(
-            f"`hub_strategy` is {strategy.value!r} and `hub_private_repo` is False, so everybody could read what "
-            "serves the run alone, of an adversarial one the imitator's answers to the training questions. Use "
-            "'every_save' or 'end', or leave the repository private."
-        )
 
 
 def rows_digest(dataset: Dataset) -> str:

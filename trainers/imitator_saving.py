@@ -1,10 +1,12 @@
 """What every run leaves behind: the imitator's repo, its card, its push, and the checkpoint to go on from."""
 
 import dataclasses
+import functools
 import hashlib
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor, wait
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from transformers import GenerationConfig
 from transformers.training_args import HubStrategy
 from transformers.utils import PushInProgress
 
+from hf_imitate import __version__
 from hf_imitate.causal_lm import commit_of, hub_checkpoint
 from hf_imitate.hub_cards.card_file import (
     CARD_KEY,
@@ -26,23 +29,22 @@ from hf_imitate.hub_cards.card_file import (
 )
 from hf_imitate.hub_cards.facts import CardFacts, Paper, hub_id_or_none
 from hf_imitate.hub_cards.push import push_folder
-from hf_imitate.trainers.atomic_checkpoints import is_marked, marked_damage
 from hf_imitate.trainers.atomic_saving import AtomicSaving
-from hf_imitate.trainers.checkpoints import LAST_WRITTEN, checkpoint_to_resume, is_whole, not_whole
+from hf_imitate.trainers.checkpoints import checkpoint_to_resume, not_whole
 
 logger = logging.getLogger(__name__)
 
 # Logged numbers whose course the card shows: the loss, and those the guide defines.
 CURVES = ("distinguisher/", "answers/", "checks/", "retrodiction/", "thoughts/")
-LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
+_LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 
 class ImitatorSaving(AtomicSaving):
     """The half of a trainer that writes and reads files.
 
     Comes before TRL's trainer among the bases. The trainer states `trained_law`, `imitation_facts` and `card_facts`.
-    One with a second model says by `published_models` and `save_beside` how it is published; each says by `lack_of`
-    and `check_checkpoint` what a resumed run needs.
+    One with a second model says by `published_models` and `save_beside` how it is published; by `lack_of` and
+    `check_checkpoint` each says what a resumed run needs.
     """
 
     started_from: str | None = None  # an adapter's repo or folder, where its training goes on
@@ -127,10 +129,6 @@ class ImitatorSaving(AtomicSaving):
             ValueError: there is none.
         """
         return checkpoint_to_resume(self.args.output_dir, self.lack_of)
-
-    def lack_of(self, checkpoint: Path) -> str | None:
-        """The first file of a checkpoint that is missing, cut off or altered; `None` if it is whole."""
-        return damage(checkpoint)
 
     def check_checkpoint(self, checkpoint: str) -> None:
         """Check that a run can be taken up, before anything is loaded.
@@ -371,26 +369,14 @@ class ImitatorSaving(AtomicSaving):
         return names.get(self.args.hub_strategy)
 
 
+@functools.cache
+def versions() -> dict[str, str]:
+    """What a run was made with; reading them takes longer than a small checkpoint, so it is done once."""
+    return {"hf-imitate": __version__, **{library: version(library) for library in _LIBRARIES}}
+
+
 def _base_commit(model: Any) -> str | None:
     return getattr(model.config, "_commit_hash", None) or commit_of(model.config._name_or_path)
-
-
-def damage(checkpoint: str | Path) -> str | None:
-    """What a checkpoint of one model lacks: its first file that is missing, cut off or altered. `None` if it is whole.
-
-    Without a marker: transformers writes `trainer_state.json` after everything else of its process.
-    """
-    folder = Path(checkpoint)
-    if is_marked(folder):
-        return marked_damage(folder)
-    files = [folder / LAST_WRITTEN, *sorted(folder.rglob("*.safetensors"))]
-    states = [*folder.glob("optimizer*.pt"), *folder.glob("scheduler.pt"), *folder.glob("rng_state*.pth")]
-    for file in [*files, *sorted(states)]:
-        if not file.is_file():
-            return f"{file.relative_to(folder)} is missing"
-        if not is_whole(file):
-            return f"{file.relative_to(folder)} is cut off"
-    return None
 
 
 def _push_or_warn(*args: Any, **kwargs: Any) -> None:

@@ -3,7 +3,6 @@
 import json
 import logging
 import shutil
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GenerationConfig
 
-from hf_imitate import __version__
 from hf_imitate.hub_cards.facts import CardFacts, CardMetric
 from hf_imitate.retrodictor import RETRODICTOR
 from hf_imitate.trainers.atomic_checkpoints import is_marked
@@ -22,7 +20,8 @@ from hf_imitate.trainers.checkpoints import (
     settings_of_the_course,
     stored_state,
 )
-from hf_imitate.trainers.imitator_saving import LIBRARIES, ImitatorSaving, damage
+from hf_imitate.trainers.imitator_saving import ImitatorSaving, versions
+from hf_imitate.trainers.retrodictive_saving import damage
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +108,7 @@ class LatentSaving(ImitatorSaving):
             "max_answer_tokens": counts.longest_answer,
             "chat_template_kwargs": self.renderer.chat_template_kwargs,
             "completion_role": self.renderer.completion_role,
-            "versions": {"hf-imitate": __version__, **{library: version(library) for library in LIBRARIES}},
+            "versions": versions(),
         }
 
     def card_facts(self, model_name: str | None = None, dataset_name: str | None = None) -> CardFacts:

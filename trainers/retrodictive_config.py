@@ -7,8 +7,7 @@ import torch
 from trl import SFTConfig
 
 from hf_imitate.trainers.adversarial_config import BITS, LOWEST_BITS
-from hf_imitate.trainers.checkpoints import check_hub_strategy
-from hf_imitate.trainers.settings_checks import COMMON, check_numbers
+from hf_imitate.trainers.settings_checks import COMMON, check_numbers, check_saving
 
 LOSS_REDUCTIONS = ("answer", "token")
 
@@ -30,6 +29,9 @@ class RetrodictiveConfig(SFTConfig):
         chat_template_kwargs (`dict[str, Any]`, *optional*):
             Passed to the chat template of conversational questions, in training and by `Imitator`. Empty by default:
             the template's own choices. A template that opens a block of thoughts needs it closed here.
+        force_resume (`bool`, *optional*, defaults to `False`):
+            Whether a resumed run may have other settings, rows or adapters than the checkpoint it goes on from; a
+            warning then names them, and the last bits are no longer the same. `--force` on the command line.
     """
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
@@ -73,7 +75,7 @@ class RetrodictiveConfig(SFTConfig):
             raise ValueError(f"`loss_reduction` is {self.loss_reduction!r}; need one of {list(LOSS_REDUCTIONS)}.")
         self._check_objective()
         self._check_lengths()
-        check_hub_strategy(self)
+        check_saving(self)
 
     def _check_objective(self) -> None:
         """Refuse what makes the loss another one than that of log p(answer given question)."""

@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hf_imitate.trainers.atomic_checkpoints import is_marked
+from hf_imitate.trainers.atomic_checkpoints import is_marked, marked_damage
 from hf_imitate.trainers.checkpoints import (
+    LAST_WRITTEN,
     check_same_run,
+    is_whole,
     model_facts,
     rows_digest,
     settings_of_the_course,
@@ -23,6 +25,10 @@ class RetrodictiveSaving(ImitatorSaving):
 
     _unlogged: dict[str, Any] | None = None  # of a checkpoint between two logs
     _digest: str | None = None
+
+    def lack_of(self, checkpoint: Path) -> str | None:
+        """The first file of a checkpoint that is missing, cut off or altered; `None` if it is whole."""
+        return damage(checkpoint)
 
     def check_checkpoint(self, checkpoint: str) -> None:
         """Check that a run can be taken up, before anything is loaded.
@@ -86,6 +92,24 @@ class RetrodictiveSaving(ImitatorSaving):
 
     def _state_path(self, folder: str) -> Path:
         return Path(folder) / f"{STATE}_{self.accelerator.process_index}.json"
+
+
+def damage(checkpoint: str | Path) -> str | None:
+    """What a checkpoint of one model lacks: its first file that is missing, cut off or altered. `None` if it is whole.
+
+    Without a marker: transformers writes `trainer_state.json` after everything else of its process.
+    """
+    folder = Path(checkpoint)
+    if is_marked(folder):
+        return marked_damage(folder)
+    files = [folder / LAST_WRITTEN, *sorted(folder.rglob("*.safetensors"))]
+    states = [*folder.glob("optimizer*.pt"), *folder.glob("scheduler.pt"), *folder.glob("rng_state*.pth")]
+    for file in [*files, *sorted(states)]:
+        if not file.is_file():
+            return f"{file.relative_to(folder)} is missing"
+        if not is_whole(file):
+            return f"{file.relative_to(folder)} is cut off"
+    return None
 
 
 def _check_state_is_there(folder: Path, num_processes: int, process: int) -> None:

@@ -1,7 +1,6 @@
 """Retrodictive imitation, exact: an imitator is scored by the log-probability it gave to what the human answered."""
 
 import textwrap
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTTrainer, pack_dataset
 
-from hf_imitate import __version__
 from hf_imitate.hub_cards.facts import CardFacts, CardMetric
 from hf_imitate.log_probs import nats_to_bits
 from hf_imitate.rendering import Renderer
@@ -20,7 +18,7 @@ from hf_imitate.rows import is_conversational_row
 from hf_imitate.trainers.adversarial_inputs import check_best_metric
 from hf_imitate.trainers.checkpoints import TakeUpTheLog
 from hf_imitate.trainers.finite import FiniteSteps, check_loss
-from hf_imitate.trainers.imitator_saving import LIBRARIES
+from hf_imitate.trainers.imitator_saving import versions
 from hf_imitate.trainers.retrodictive_config import RetrodictiveConfig
 from hf_imitate.trainers.retrodictive_rows import (
     ANSWER_COLUMNS,
@@ -279,7 +277,7 @@ class RetrodictiveTrainer(FiniteSteps, RetrodictiveSaving, SFTTrainer):
             "max_answer_tokens": counts.longest_answer,
             "chat_template_kwargs": self.renderer.chat_template_kwargs,
             "completion_role": self.renderer.completion_role,
-            "versions": {"hf-imitate": __version__, **{library: version(library) for library in LIBRARIES}},
+            "versions": versions(),
         }
 
     def card_facts(self, model_name: str | None = None, dataset_name: str | None = None) -> CardFacts:

@@ -1,9 +1,12 @@
-"""What every trainer asks of numbers among its settings, before a model loads: finite, whole, in their range."""
+"""What every trainer asks of its settings before a model loads: numbers in their range, checkpoints to go on from."""
 
 import math
 from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from typing import Any
+
+from transformers import TrainingArguments
+from transformers.training_args import HubStrategy
 
 POSITIVE = "a positive, finite number"
 NOT_NEGATIVE = "a finite number, 0 or more"
@@ -58,3 +61,29 @@ def check_numbers(args: Any, needs: Mapping[str, str]) -> None:
         is_number = isinstance(value, Real) and not isinstance(value, bool)
         if not (is_number and _HOLDS[need](value)):
             raise ValueError(f"`{name}` is {value!r}; need {need}.")
+
+
+def check_saving(args: TrainingArguments) -> None:
+    """Refuse checkpoints from which a run would not go on to the same bits, or that everybody could read.
+
+    Raises:
+        ValueError: a setting makes such; the message names it.
+    """
+    if args.enable_jit_checkpoint:
+        raise ValueError(
+            "`enable_jit_checkpoint=True` saves on SIGTERM in the middle of a step, from where no run goes on to the "
+            "same bits. Leave it at False: a SIGTERM saves after the step as it is."
+        )
+    if args.ignore_data_skip:
+        raise ValueError(
+            "`ignore_data_skip=True` shows a resumed run rows that it has already seen in place of those that come "
+            "next. Leave it at False."
+        )
+    strategy = HubStrategy(args.hub_strategy)
+    pushes_them = args.push_to_hub and strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
+    if pushes_them and args.hub_private_repo is False:
+        raise ValueError(
+            f"`hub_strategy` is {strategy.value!r} and `hub_private_repo` is False, so everybody could read what "
+            "serves the run alone, of an adversarial one the imitator's answers to the training questions. Use "
+            "'every_save' or 'end', or leave the repository private."
+        )
