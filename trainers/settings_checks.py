@@ -21,9 +21,9 @@ _HOLDS: dict[str, Callable[[Any], bool]] = {
     NOT_NEGATIVE: lambda value: 0 <= value < math.inf,
     NORM: lambda value: value >= 0,
     SHARE: lambda value: 0 <= value < 1,
-    COUNT: lambda value: isinstance(value, Integral) and value >= 1,
-    STEPS: lambda value: isinstance(value, Integral) and value >= -1,
-    SEED: lambda value: isinstance(value, Integral) and 0 <= value < 2**32,
+    COUNT: lambda value: value >= 1 and isinstance(value, Integral),
+    STEPS: lambda value: value >= -1 and isinstance(value, Integral),
+    SEED: lambda value: 0 <= value < 2**32 and isinstance(value, Integral),
 }
 
 # transformers lets these pass, and then fails in its own words, late, or trains on numbers that are none.

@@ -70,7 +70,7 @@ def check_known(human_entropy: str | float | None, max_answer_bytes: int | None)
             f'`human_entropy` is {human_entropy!r}; give "unique", a number of nats that the mean entropy of human '
             "answers is known to be at least, or None."
         )
-    is_size = _is_number(max_answer_bytes) and isinstance(max_answer_bytes, Integral) and max_answer_bytes >= 1
+    is_size = _is_number(max_answer_bytes) and (max_answer_bytes or 0) >= 1 and isinstance(max_answer_bytes, Integral)
     if not (max_answer_bytes is None or is_size):
         raise ValueError(
             f"`max_answer_bytes` is {max_answer_bytes!r}; it must be a whole number, at least 1, or None."
