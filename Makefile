@@ -39,8 +39,9 @@ types: $(READY)
 	$(PIP) install --quiet --no-deps --no-build-isolation --no-compile --target build/installed .
 	cd build/installed && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p hf_imitate
 
-docs: $(READY)  ## Write the pages that come from docstrings, and build the guide in docs/_build; a warning is an error.
+docs: $(READY)  ## Write the pages that come from the sources, and build the guide in docs/_build; a warning is an error.
 	$(BIN)/python docs/reference.py
+	$(BIN)/python docs/error_page.py
 	$(BIN)/python -m sphinx -E -W --keep-going -q docs docs/_build
 
 acceptance: $(READY)  ## Run the long form of a claim, ONLY=<entry>; goes on where it was stopped, at most 60 minutes.

@@ -1,6 +1,7 @@
 """Write docs/errors.md from the sources: every error with its cure, in the words that users see.
 
-`python tests/error_page.py` writes it; tests/test_error_page.py fails where the page and the sources differ.
+`python docs/error_page.py`, which `make docs` calls, writes it; tests/test_error_page.py fails where page and sources
+differ.
 """
 
 import ast
@@ -20,7 +21,7 @@ named by data set, column and number, and never shown. Bad settings fail in the 
 in the trainer's constructor or the first line of `audit`, within a second. What is only counted (answers cut at a
 limit, rows of weight 0, questions that leave no room) is a warning with its number, not an error.
 
-This page is written from the sources by `python tests/error_page.py`.
+This page is written from the sources by `python docs/error_page.py`.
 """
 
 ROWS = "Giving rows, questions and answers"
@@ -110,9 +111,9 @@ def raised(
         if isinstance(given, ast.Call) and isinstance(given.func, ast.Name) and given.func.id in functions:
             # A function puts the message together.
             returned = [n.value for n in ast.walk(functions[given.func.id]) if isinstance(n, ast.Return) and n.value]
-            yield node.lineno, kind, next((said for said in map(words, returned) if said), None)
+            yield node.lineno, kind, next((said for said in map(words, returned) if said), "…")
         else:
-            yield node.lineno, kind, words(given) if given is not None else None
+            yield node.lineno, kind, given and (words(given) or "…")  # a variable passes on another's words
 
 
 def errors() -> dict[str, dict[str, list[str]]]:
