@@ -17,6 +17,11 @@ def check_questions(questions: Sequence[str | list[dict]]) -> None:
                 f"questions[{index}] is a {kind}; give text, or a list of messages such as "
                 '`[[{"role": "user", "content": "..."}]]`.'
             )
+        if kind == "messages" and not all(map(_is_message, questions[index])):
+            raise TypeError(
+                f"questions[{index}] holds something that is no message of text; a message is "
+                '`{"role": "user", "content": "..."}`.'
+            )
         _check_encodable(questions[index], f"questions[{index}]")
         if kind != kinds[0]:
             raise TypeError(
@@ -52,9 +57,13 @@ def check_answer_lists(questions: Sequence[str | list[dict]], answers: Sequence[
             _check_encodable(text, f"answers[{index}]")
 
 
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(name), str) for name in ("role", "content"))
+
+
 def _check_encodable(text: str | list[dict], where: str) -> None:
     """Raise `ValueError` where a text holds half of a surrogate pair, which no tokenizer takes."""
-    parts = [text] if isinstance(text, str) else [str(message.get("content")) for message in text]
+    parts = [text] if isinstance(text, str) else [message["content"] for message in text]
     if any("\ud800" <= character <= "\udfff" for part in parts if not part.isascii() for character in part):
         raise ValueError(
             f"{where} holds a lone surrogate, which is no text. Decode its source with `errors='replace'`."

@@ -260,3 +260,20 @@ def test_an_audits_settings_are_refused_before_a_model_loads(setting, error):
     (name,) = setting
     with pytest.raises(error, match=f"`{name}`"):
         audit(NO_MODEL, rows(), output_dir=None, **setting)
+
+
+@pytest.mark.parametrize(
+    ("questions", "error", "said"),
+    [
+        ("a question", TypeError, "`questions` is one string"),
+        ([7], TypeError, r"questions\[0\] is a int"),
+        (["a", ["b"]], TypeError, r"questions\[1\] holds something that is no message"),
+        ([[{"content": "a"}]], TypeError, r"questions\[0\] holds something that is no message"),
+        ([[{"role": "user", "content": "\ud800"}]], ValueError, r"questions\[0\] holds a lone surrogate"),
+        (["x" * 600], ValueError, r"1 of 1 questions \(number 0\) need up to 606 positions; the model has 512"),
+    ],
+)
+def test_questions_passed_by_hand_are_refused_by_their_number(tiny_model_dir, questions, error, said):
+    imitator = Imitator.from_pretrained(tiny_model_dir, device="cpu")
+    with pytest.raises(error, match=said):
+        imitator.answer(questions, max_new_tokens=6)
