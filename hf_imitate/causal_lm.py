@@ -130,7 +130,7 @@ def hub_checkpoint(repo: str, revision: str | None = None) -> Path:
     except (ValueError, FileNotFoundError) as error:
         raise FileNotFoundError(f"`{repo}` is no Hub repo that can be reached from here.") from error
     last = root / "last-checkpoint"
-    steps = {int(match[1]): path for path in root.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))}
+    steps = {int(match[1]): path for path in root.glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(path.name))}
     found = [last] if last.is_dir() else [steps[step] for step in sorted(steps)]
     if not found:
         raise FileNotFoundError(

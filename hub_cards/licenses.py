@@ -23,7 +23,7 @@ OTHER = "other"
 _MOST_NAME = 100  # characters
 
 
-def license_metadata(name: str | None) -> dict[str, str | None]:
+def license_metadata(name: str | None) -> tuple[str | None, str | None]:
     """
     Say a licence as the Hub reads it: by its id, or as `other` with a name.
 
@@ -32,15 +32,15 @@ def license_metadata(name: str | None) -> dict[str, str | None]:
             Anybody's word for a licence.
 
     Returns:
-        `dict`: `license` and `license_name`, arguments of [`~huggingface_hub.ModelCardData`].
+        `tuple`: what [`~huggingface_hub.ModelCardData`] calls `license` and `license_name`.
     """
     if name is None:
-        return {"license": None, "license_name": None}
+        return None, None
     known = name.strip().lower()
     if known in LICENSES:
-        return {"license": known, "license_name": None}
+        return known, None
     plain = "" if known == OTHER else re.sub(r"[^a-z0-9.+]+", "-", known[:_MOST_NAME]).strip("-.")
-    return {"license": OTHER, "license_name": plain or "not-stated"}
+    return OTHER, plain or "not-stated"
 
 
 def license_note(name: str) -> str | None:
@@ -57,8 +57,8 @@ def license_note(name: str) -> str | None:
     Raises:
         ValueError: it is `"other"`, which names none.
     """
-    said = license_metadata(name)
-    if said["license_name"] is None:
+    _, given_name = license_metadata(name)
+    if given_name is None:
         return None
     if name.strip().lower() == OTHER:
         raise ValueError(
@@ -68,6 +68,6 @@ def license_note(name: str) -> str | None:
     near = difflib.get_close_matches(name.lower(), LICENSES, n=1)
     hint = f" Its nearest id is '{near[0]}'." if near else ""
     return (
-        f"The Hub has no licence id {name!r}, so the card's metadata says `other`, named '{said['license_name']}'."
+        f"The Hub has no licence id {name!r}, so the card's metadata says `other`, named '{given_name}'."
         f"{hint} Put the licence's text into the repository as LICENSE."
     )

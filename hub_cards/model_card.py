@@ -71,15 +71,17 @@ def card_metadata(facts: CardFacts) -> ModelCardData:
     """
     kind = facts.hub_dataset or "a data set that is not on the Hub"
     results = None if facts.audit is None else evaluation_results(facts.audit, kind)
+    license_id, license_name = license_metadata(facts.license)
     return ModelCardData(
         base_model=facts.hub_base_model,
         datasets=[facts.hub_dataset] if facts.hub_dataset is not None else None,
         eval_results=results or None,
         library_name="peft" if facts.is_adapter else "transformers",
+        license=license_id,
+        license_name=license_name,
         model_name=_metadata(facts.model_name) if results else None,
         pipeline_tag="text-generation",
         tags=[*COMMON_TAGS, *(_metadata(tag) for tag in facts.tags if tag not in COMMON_TAGS)],
-        **license_metadata(facts.license),
     )
 
 

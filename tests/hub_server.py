@@ -197,7 +197,7 @@ def _metadata_errors(content: str) -> list[str]:
         return ["The metadata must be a mapping."]
     errors = [f'"{key}" must be a string' for key in ("library_name", "pipeline_tag", "license")
               if not isinstance(data.get(key, ""), str)]  # fmt: skip
-    if data.get("license", "mit") not in {*LICENSES, OTHER}:
+    if data.get("license", "mit") not in [*LICENSES, OTHER]:
         errors.append('"license" must be one of the ids in https://hf.co/docs/hub/repositories-licenses')
     for key in ("tags", "datasets", "base_model"):
         values = data.get(key, [])

@@ -280,6 +280,9 @@ def test_a_checkpoint_of_the_hub_is_read_before_a_run_goes_on_from_it(repo, hub_
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-x"):
         shutil.copytree(repo, run / name)
     change(run / "checkpoint-10", "adapter_config.json", target_modules=HANGS)
+    hub_cache(repo, "me/none")
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        hub_checkpoint("me/none")
     snapshot = hub_cache(run, "me/run")
     with pytest.raises(UnsafeRepoError, match="`target_modules` is neither"):
         hub_checkpoint("me/run")

@@ -179,9 +179,9 @@ class AdversarialTrainer(FiniteSteps, AdversarialSaving, AdversarialPlan, GRPOTr
         self._failures: list[Exception] = []  # of rewards, in this generation batch
         # TRL counts the distinguisher's reward, too; the user's settings stay as they were given.
         weights, args.reward_weights = args.reward_weights, None
-        own = (processing_class, args, peft_config, quantization_config, args.freeze_imitator)
+        loading = (processing_class, args, peft_config, quantization_config, args.freeze_imitator)
         try:
-            with starting_model(self, model, *own) as start:
+            with starting_model(self, model, *loading) as start:
                 super().__init__(
                     **start,
                     reward_funcs=[distinguisher_reward, *(guarded(reward, self._failures) for reward in reward_funcs)],

@@ -133,8 +133,8 @@ class LatentRetrodictiveTrainer(FiniteSteps, LatentSaving, SFTTrainer):
         self._fingerprint = checked._fingerprint
         question = checked[0]["prompt"]
         self._is_conversational = is_conversational_row(question)
-        own = (processing_class, args, peft_config, quantization_config)
-        with starting_model(self, model, *own) as start:
+        loading = (processing_class, args, peft_config, quantization_config)
+        with starting_model(self, model, *loading) as start:
             check_no_retrodictor(start["model"])
             super().__init__(
                 **start,

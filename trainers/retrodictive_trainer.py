@@ -135,8 +135,8 @@ class RetrodictiveTrainer(FiniteSteps, RetrodictiveSaving, SFTTrainer):
         self._counts: RowCounts  # of the data set that was prepared last
         self._is_assembled = False  # rows wait until model and tokenizer are there
         self._tally = Tally()
-        own = (processing_class, args, peft_config, quantization_config)
-        with starting_model(self, model, *own) as start:
+        loading = (processing_class, args, peft_config, quantization_config)
+        with starting_model(self, model, *loading) as start:
             super().__init__(
                 **start,
                 args=args,
