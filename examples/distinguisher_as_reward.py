@@ -1,13 +1,13 @@
-"""A trained distinguisher as a reward of plain TRL, and why a distinguisher that stands still is not enough.
+"""A trained distinguisher as a reward of plain TRL, and how little such a reward says of what people write.
 
     python examples/distinguisher_as_reward.py                   # some minutes on one core, no network
     python examples/distinguisher_as_reward.py Qwen/Qwen3-0.6B   # any causal language model of the Hub, on a GPU
     python examples/distinguisher_as_reward.py --smoke           # hardly any training: a test that it runs
 
 `GRPOTrainer(reward_funcs=Distinguisher.from_pretrained(repo))` is all it takes: no class of ours trains here. The
-reward rises, since the policy finds what this one distinguisher likes. Whether its answers are more human is another
-question, answered by what they cost the humans' own: bits per human answer, before and after. `AdversarialTrainer`
-goes on teaching the distinguisher and holds the imitator to the humans' answers for that reason.
+reward rises, since the policy finds what this one distinguisher likes. Whether its law is nearer to the humans' is
+another question, answered by bits per human answer: a logit that rises by more than a nat can leave them where they
+were. `AdversarialTrainer` goes on teaching the distinguisher, and holds the imitator to the humans' answers.
 """
 
 import argparse
