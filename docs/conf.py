@@ -39,12 +39,14 @@ def toctrees(index: str, pages: list[str]) -> str:
 
 
 def setup(app):
-    """Add the tables of contents as the index is read; on disk it stays plain Markdown."""
+    """Change what GitHub needs in another form as pages are read; on disk they stay plain Markdown."""
     pages = sorted(page.stem for page in Path(app.srcdir).glob("*.md") if page.stem != "index")
 
-    def add_toctrees(app, name, source):
+    def read(app, name, source):
+        # Markdown outside this folder is no page of the guide but a file, like a program.
+        source[0] = re.sub(r"\]\((\.\./[\w./-]+\.md)(#[\w-]+)?\)", r"](path:\1)", source[0])
         if name == "index":
             source[0] += toctrees(source[0], pages)
 
-    app.connect("source-read", add_toctrees)
+    app.connect("source-read", read)
     return {"parallel_read_safe": True}

@@ -1,13 +1,13 @@
-"""A trained distinguisher as a reward of plain TRL, and why a distinguisher that stands still is not enough.
+"""A trained distinguisher as a reward of plain TRL, and how little such a reward says of what people write.
 
-    python examples/distinguisher_as_reward.py                   # some ten minutes on one core, no network
+    python examples/distinguisher_as_reward.py                   # some minutes on one core, no network
     python examples/distinguisher_as_reward.py Qwen/Qwen3-0.6B   # any causal language model of the Hub, on a GPU
     python examples/distinguisher_as_reward.py --smoke           # hardly any training: a test that it runs
 
 `GRPOTrainer(reward_funcs=Distinguisher.from_pretrained(repo))` is all it takes: no class of ours trains here. The
-reward rises, since the policy finds what this one distinguisher likes. Whether its answers are more human is another
-question, answered by what they cost the humans' own: bits per human answer, before and after. `AdversarialTrainer`
-goes on teaching the distinguisher and holds the imitator to the humans' answers for that reason.
+reward rises, since the policy finds what this one distinguisher likes. Whether its law is nearer to the humans' is
+another question, answered by bits per human answer: a logit that rises by more than a nat can leave them where they
+were. `AdversarialTrainer` goes on teaching the distinguisher, and holds the imitator to the humans' answers.
 """
 
 import argparse
@@ -39,12 +39,12 @@ def main(arguments: list[str] | None = None) -> dict[str, list[float]]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("model", nargs="?", help="Hub id or directory; by default a tiny base trained here")
     parser.add_argument("--output_dir", type=Path, default=Path("distinguisher-as-reward"))
-    parser.add_argument("--max_steps", type=int, default=100)
+    parser.add_argument("--max_steps", type=int, default=60)
     parser.add_argument("--smoke", action="store_true", help="two steps, few rows")
     given = parser.parse_args(arguments)
     if given.smoke:
         given.max_steps = 2
-    longest = 8 if given.smoke else 32
+    longest = 8 if given.smoke else 24
 
     dataset = split_by_question(load_docstrings(), test_size=0.1, group_by="completion")
     rows, held_out = (dataset[name].select_columns(["prompt", "completion"]) for name in ("train", "test"))
@@ -58,8 +58,8 @@ def main(arguments: list[str] | None = None) -> dict[str, list[float]]:
         args=AdversarialConfig(
             output_dir=str(judged),
             freeze_imitator=True,
-            max_steps=2 if given.smoke else 50,
-            distinguisher_warmup_steps=2 if given.smoke else "auto",
+            max_steps=2 if given.smoke else 20,
+            distinguisher_warmup_steps=2 if given.smoke else 60,
             distinguisher_learning_rate=1e-3,
             per_device_train_batch_size=16,
             max_completion_length=longest,

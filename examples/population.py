@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="few people, little training: a test that it runs")
     given = parser.parse_args(arguments)
-    num_steps, people = (100, 4) if given.smoke else (600, 20)
+    num_steps, people = (60, 3) if given.smoke else (600, 20)
 
     law = human_law(given.seed)
     rng = np.random.default_rng([given.seed, 1])
@@ -115,7 +115,7 @@ def train(rows: Dataset, num_steps: int, given: argparse.Namespace) -> Imitator:
             output_dir=str(Path(given.output_dir) / "imitator"),
             max_steps=num_steps,
             per_device_train_batch_size=64,
-            learning_rate=3e-3 if given.smoke else 1e-3,
+            learning_rate=5e-3 if given.smoke else 1e-3,
             lr_scheduler_type="cosine",
             save_strategy="no",
             report_to="none",
