@@ -1,4 +1,4 @@
-"""What is compared on the digits: a small imitator, a larger one, and the small one's answers, picked by the larger.
+"""What is compared on the notes: an imitator of short memory, a larger model, and answers of one, picked by the other.
 
 Everything that is trained is kept in a folder under a hash of what made it, so that the cells of an entry share it.
 """
@@ -9,7 +9,6 @@ import inspect
 import json
 import logging
 import math
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 
-from benchmarks.worlds import digits as world
+from benchmarks.worlds import notes as world
 from hf_imitate import AdversarialConfig, AdversarialTrainer, Imitator, RetrodictiveConfig, RetrodictiveTrainer
 from hf_imitate.audits.distinguishability import judge_pairs
 from hf_imitate.audits.judges import Judge, lora_judge
@@ -31,26 +30,30 @@ from hf_imitate.pairs import Pair
 from hf_imitate.rendering import Answer
 
 PARTS = Path(__file__).parent.parent / "results" / "partial" / "residual"
-BATCH, SMALL_RATE, LARGE_RATE, JUDGE_LM_RATE = 128, 1.5e-2, 4e-3, 3e-3
+BATCH, SMALL_RATE, LARGE_RATE, JUDGE_LM_RATE, MORE_RATE = 64, 1e-2, 6e-3, 5e-3, 3e-3
+PICKED_PER_QUESTION, DISTIL_RATE = 2, 5e-3
 DISTINGUISHER_BATCH, DISTINGUISHER_RATE = 64, 5e-4
 JUDGE_BATCH, JUDGE_RATE = 32, 7e-4
-PICKED_PER_QUESTION, DISTIL_RATE = 2, 5e-3
 ANSWER_BATCH = 512
+TIMINGS = 5
 
 
 class Sizes(NamedTuple):
     """How many rows there are of each kind, and for how many steps each model is trained."""
 
-    train: int = 20_000
-    dev: int = 1000
+    train: int = 3700
+    few: int = 400  # of the training rows, those that an imitator of few rows is shown
+    unanswered: int = 2400
+    dev: int = 700
     test: int = 3000
-    scored: int = 400  # of the test questions, those whose probabilities are estimated
-    judge_rows: int = 8000
-    small_steps: int = 1600
-    large_steps: int = 1500
-    distinguisher_steps: int = 400
-    judge_lm_steps: int = 800
-    judge_steps: int = 300
+    scored: int = 300  # of the test questions, those whose probabilities are estimated
+    judge_rows: int = 2400
+    small_steps: int = 1200
+    few_steps: int = 300
+    large_steps: int = 400
+    distinguisher_steps: int = 250
+    judge_lm_steps: int = 400
+    judge_steps: int = 200
     distil_steps: int = 600
 
 
@@ -101,13 +104,14 @@ def _sources() -> str:
         fit,
         new_model,
         likelihood,
+        continued,
         residual,
         distilled,
         answers,
         judge,
         judged,
     )
-    rates = (SMALL_RATE, LARGE_RATE, JUDGE_LM_RATE, JUDGE_RATE, DISTINGUISHER_RATE, DISTIL_RATE)
+    rates = (SMALL_RATE, LARGE_RATE, JUDGE_LM_RATE, JUDGE_RATE, DISTINGUISHER_RATE, MORE_RATE, DISTIL_RATE)
     return "".join(inspect.getsource(part) for part in parts) + str(
         (rates, BATCH, DISTINGUISHER_BATCH, JUDGE_BATCH, PICKED_PER_QUESTION)
     )
@@ -172,19 +176,42 @@ def new_model(size: str, seed: int) -> Any:
 
 
 def likelihood(size: str, seed: int, sizes: Sizes, folder: Path) -> Path:
-    """The imitator of this size, fitted to the human rows of this seed by likelihood."""
-    steps, rate = (sizes.small_steps, SMALL_RATE) if size == "small" else (sizes.large_steps, LARGE_RATE)
+    """The imitator of this size, fitted to the human rows of this seed by likelihood; "few" is shown a few of them."""
+    steps, rate = {
+        "small": (sizes.small_steps, SMALL_RATE),
+        "large": (sizes.large_steps, LARGE_RATE),
+        "few": (sizes.few_steps, SMALL_RATE),
+    }[size]
     rows = data(seed, sizes)
+    shown = rows.train.select(range(sizes.few)) if size == "few" else rows.train
     return kept(
         f"{size}-{seed}",
         folder,
         [sizes, seed],
-        lambda path: fit(new_model(size, seed), rows.train, path, steps, rate, seed, rows.dev),
+        lambda path: fit(new_model(size, seed), shown, path, steps, rate, seed, rows.dev),
     )
 
 
-def residual(size: str, seed: int, sizes: Sizes, folder: Path, imitator: Path | None = None, name: str = "") -> Path:
-    """A distinguisher of this size beside the small imitator, which stands still.
+def continued(seed: int, sizes: Sizes, folder: Path) -> Path:
+    """The small imitator after more likelihood: as many steps as the distinguisher takes as both of what it is."""
+    rows = data(seed, sizes)
+    before = likelihood("small", seed, sizes, folder)
+    steps = sizes.large_steps + sizes.distinguisher_steps
+    return kept(
+        f"continued-{seed}",
+        folder,
+        [sizes, seed],
+        lambda path: fit(trainable(before), rows.train, path, steps, MORE_RATE, seed, rows.dev),
+    )
+
+
+def trainable(path: Path) -> Any:
+    """The model saved there; what is loaded to be used is frozen."""
+    return load(path).model.requires_grad_(True)
+
+
+def residual(size: str, seed: int, sizes: Sizes, folder: Path, imitator: Path | None = None) -> Path:
+    """A distinguisher of this size beside an imitator that stands still, by default the small one.
 
     A large one begins as a language model of the same rows; a small one as the imitator itself.
     """
@@ -232,7 +259,7 @@ def residual(size: str, seed: int, sizes: Sizes, folder: Path, imitator: Path | 
         facts["says_no_signal"] = any("no adversarial signal" in text for text in said.texts)
         return facts
 
-    return kept(f"residual-{name or size}-{seed}", folder, [sizes, seed, size, str(imitator.name)], build)
+    return kept(f"residual-{size}-{imitator.name}", folder, [sizes, seed, size], build)
 
 
 class _Warnings(logging.Handler):
@@ -256,32 +283,35 @@ class _Warnings(logging.Handler):
             listened.removeHandler(self)
 
 
-def distilled(seed: int, number: int, sizes: Sizes, folder: Path) -> Path:
-    """The small imitator after so many rounds: likelihood of picked answers and the human rows, from where it was."""
+def distilled(size: str, seed: int, number: int, sizes: Sizes, folder: Path) -> Path:
+    """An imitator after so many rounds: likelihood of its human rows and of picked answers, from where it was.
+
+    Of the short memory the training questions are asked once more, of the one that saw few rows others' questions,
+    which nobody had answered; there are no human answers of these in any training.
+    """
     if number == 0:
-        return likelihood("small", seed, sizes, folder)
+        return likelihood(size, seed, sizes, folder)
+    before = distilled(size, seed, number - 1, sizes, folder)
+    teacher = residual("large", seed, sizes, folder, before)
     rows = data(seed, sizes)
-    before = distilled(seed, number - 1, sizes, folder)
-    teacher = residual("large", seed, sizes, folder, before, "" if number == 1 else f"round{number}")
 
     def build(path: Path) -> dict[str, Any]:
-        imitator, asked = load(teacher), rows.train["prompt"][:]
-        draw: dict[str, Any] = {
-            "num_answers": PICKED_PER_QUESTION,
-            "seed": 10_000 + number,
-            "batch_size": ANSWER_BATCH,
-        }
-        picked = imitator.answer(asked, resample=8, max_new_tokens=world.MAX_TOKENS, **draw)
-        # An empty answer is none to learn from; a small imitator gives a few.
-        pairs = [(question, text) for question, own in zip(asked, picked, strict=True) for text in own if text]
-        prompts, texts = zip(*pairs, strict=True)
-        own_rows = Dataset.from_dict({"prompt": prompts, "completion": texts})
-        both = concatenate_datasets([rows.train, own_rows])
-        # What is loaded to be used is frozen.
-        student = load(before).model.requires_grad_(True)
-        return fit(student, both, path, sizes.distil_steps, DISTIL_RATE, seed, rows.dev)
+        imitator, shown = load(teacher), rows.train
+        asked = shown["prompt"][:]
+        if size == "few":
+            shown = shown.select(range(sizes.few))
+            asked = world.questions(sizes.unanswered, seed, reserved=True)
+        picked = [
+            (question, answer.text)
+            for draw in range(PICKED_PER_QUESTION)
+            for question, answer in zip(asked, answers(imitator, asked, 10_000 + draw, resample=8), strict=True)
+            if answer.text  # an empty answer is none to learn from
+        ]
+        prompts, texts = zip(*picked, strict=True)
+        both = concatenate_datasets([shown, Dataset.from_dict({"prompt": prompts, "completion": texts})])
+        return fit(trainable(before), both, path, sizes.distil_steps, DISTIL_RATE, seed, rows.dev)
 
-    return kept(f"distilled{number}-{seed}", folder, [sizes, seed, number, teacher.name], build)
+    return kept(f"distilled{number}-{size}-{seed}", folder, [sizes, seed, number], build)
 
 
 # --- what is measured
@@ -341,24 +371,29 @@ def oracle(
     return {"oracle": float(wins.mean()), "impossible": float(1 - possible.mean())}
 
 
-def log_probs(imitator: Imitator, rows: Dataset, resample: int, num_estimates: int, seed: int = 0) -> dict[str, Any]:
-    """Nats of the human's answers under the law that keeps one of K: estimates and about how far they are too low."""
-    asked, humans = rows["prompt"][:], rows["completion"][:]
+def log_prob(
+    imitator: Imitator, asked: list[str], texts: list[str], num_estimates: int = 1, seed: int = 0, **law: Any
+) -> dict[str, np.ndarray]:
+    """Nats of these answers under a law, and how far they are too low: estimates only where one of K is kept."""
+    resample = law.pop("resample", 1)
     if resample == 1:
-        return {"nats": imitator.log_prob(asked, humans).nats.numpy(), "bias": np.zeros(len(asked))}
+        return {"nats": imitator.log_prob(asked, texts, **law).nats.numpy(), "bias": np.zeros(len(asked))}
     found = imitator.residual(resample, max_new_tokens=world.MAX_TOKENS).log_prob(
-        asked, humans, seed=seed, num_estimates=num_estimates, batch_size=ANSWER_BATCH
+        asked, texts, seed=seed, num_estimates=num_estimates, batch_size=ANSWER_BATCH
     )
     return {"nats": found.nats.numpy(), "bias": found.log_bias.numpy()}
 
 
-def seconds_per_answer(imitator: Imitator, asked: Sequence[str], seed: int = 0, **law: Any) -> float:
-    """CPU seconds of one answer, in batches of 512."""
-    begun = time.process_time()
-    answers(imitator, asked, seed, **law)
-    return (time.process_time() - begun) / len(asked)
-
-
-def forget(folder: Path) -> None:
-    """Remove everything that was kept there."""
-    shutil.rmtree(folder, ignore_errors=True)
+def seconds_per_answer(laws: dict[str, tuple[Imitator, dict[str, Any]]], asked: Sequence[str]) -> dict[str, float]:
+    """CPU seconds of one answer under each law: one thread, batches of 512, the median of five interleaved rounds."""
+    threads, seconds = torch.get_num_threads(), {name: [] for name in laws}
+    torch.set_num_threads(1)
+    try:
+        for number in range(TIMINGS):
+            for name, (imitator, law) in laws.items():
+                begun = time.process_time()
+                answers(imitator, asked, number, **law)
+                seconds[name].append((time.process_time() - begun) / len(asked))
+    finally:
+        torch.set_num_threads(threads)
+    return {name: float(np.median(values)) for name, values in seconds.items()}
