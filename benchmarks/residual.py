@@ -23,6 +23,7 @@ import numpy as np
 
 from benchmarks.worlds import notes as world
 from benchmarks.worlds import notes_arms as arms
+from benchmarks.worlds.kept import kept, made
 from benchmarks.worlds.notes_arms import FULL, PARTS, Sizes
 from hf_imitate.log_probs import nats_to_bits
 
@@ -30,8 +31,8 @@ SEEDS = [61, 62, 63]  # chosen before their first run; the settings were found o
 JUDGES = [0, 1, 2]
 TEMPERATURES = (0.6, 0.7, 0.8, 0.9, 1.0)
 ESTIMATES = {2: 16, 4: 8, 8: 8, 16: 4}  # K: estimates inside the log
-NUM_TIMED = 1024
-ARMS = ("temperature 1", "best temperature", "more likelihood", "one of 8", "larger model")
+NUM_TIMED = 256
+ARMS = ("temperature 1", "best temperature", "one of 8", "larger model")
 PARTS_OF_A_SEED: list[dict[str, Any]] = [
     *({"part": part} for part in ("training", "same size", "temperature")),
     *({"part": "judges", "judge": judge} for judge in JUDGES),
@@ -60,11 +61,11 @@ def run_cell(cell: dict[str, Any], sizes: Sizes = FULL, folder: Path = PARTS) ->
 def training(seed: int, sizes: Sizes, folder: Path) -> dict[str, Any]:
     """Fit everything but the same-size distinguisher."""
     return {
-        "small": arms.made(arms.likelihood("small", seed, sizes, folder)),
-        "large": arms.made(arms.likelihood("large", seed, sizes, folder)),
-        "distinguisher": arms.made(arms.residual("large", seed, sizes, folder)),
-        "continued": arms.made(arms.continued(seed, sizes, folder)),
-        "distilled": arms.made(arms.distilled("small", seed, 1, sizes, folder)),
+        "small": made(arms.likelihood("small", seed, sizes, folder)),
+        "large": made(arms.likelihood("large", seed, sizes, folder)),
+        "distinguisher": made(arms.residual("large", seed, sizes, folder)),
+        "continued": made(arms.continued(seed, sizes, folder)),
+        "distilled": made(arms.distilled("small", seed, 1, sizes, folder)),
     }
 
 
@@ -75,7 +76,7 @@ def same_size(seed: int, sizes: Sizes, folder: Path) -> dict[str, Any]:
     imitator = arms.load(path)
     asked, humans = rows["prompt"][:], rows["completion"][:]
     plain, chosen = (arms.log_prob(imitator, asked, humans, ESTIMATES[8], resample=k)["nats"] for k in (1, 8))
-    return arms.made(path) | {"bits_gained": nats_to_bits(float((chosen - plain).mean()))}
+    return made(path) | {"bits_gained": nats_to_bits(float((chosen - plain).mean()))}
 
 
 def temperatures(seed: int, sizes: Sizes, folder: Path) -> dict[str, Any]:
@@ -92,8 +93,8 @@ def temperatures(seed: int, sizes: Sizes, folder: Path) -> dict[str, Any]:
 
 def best_temperature(seed: int, sizes: Sizes, folder: Path) -> dict[str, Any]:
     """The temperature that judges found hardest, as `best`; kept beside what is trained."""
-    settings = [sizes, seed, TEMPERATURES, inspect.getsource(temperatures)]
-    return arms.made(arms.kept(f"temperature-{seed}", folder, settings, lambda _: temperatures(seed, sizes, folder)))
+    settings = [arms.sources(), sizes, seed, TEMPERATURES, inspect.getsource(temperatures)]
+    return made(kept(f"temperature-{seed}", folder, settings, lambda _: temperatures(seed, sizes, folder)))
 
 
 def laws(seed: int, sizes: Sizes, folder: Path) -> dict[str, tuple[Any, dict[str, Any]]]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from benchmarks import residual
 from benchmarks.worlds import notes_arms as arms
+from benchmarks.worlds.kept import made
 from benchmarks.worlds.notes_arms import FULL, PARTS, Sizes
 from hf_imitate.log_probs import nats_to_bits
 
@@ -32,7 +33,7 @@ def run_cell(cell: dict[str, Any], sizes: Sizes = FULL, folder: Path = PARTS) ->
     rounds = [arms.distilled("few", seed, number, sizes, folder) for number in (0, *ROUNDS)]
     if cell["part"] == "training":
         teacher = arms.residual("large", seed, sizes, folder, rounds[cell["round"] - 1])
-        return {"imitator": arms.made(rounds[cell["round"]]), "distinguisher": arms.made(teacher)}
+        return {"imitator": made(rounds[cell["round"]]), "distinguisher": made(teacher)}
     rows = arms.data(seed, sizes).test
     one_of_8 = arms.load(arms.residual("large", seed, sizes, folder, rounds[0]))
     students = {f"round {number}": (arms.load(path), {}) for number, path in enumerate(rounds)}

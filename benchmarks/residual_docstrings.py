@@ -21,7 +21,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from benchmarks.worlds.digits_arms import kept, made
+from benchmarks.worlds.kept import kept, made
 from hf_imitate import (
     AdversarialConfig,
     AdversarialTrainer,

@@ -4,9 +4,7 @@ Everything that is trained is kept in a folder under a hash of what made it, so 
 """
 
 import contextlib
-import hashlib
 import inspect
-import json
 import logging
 import math
 import tempfile
@@ -22,6 +20,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 
 from benchmarks.worlds import notes as world
+from benchmarks.worlds.kept import kept
 from hf_imitate import AdversarialConfig, AdversarialTrainer, Imitator, RetrodictiveConfig, RetrodictiveTrainer
 from hf_imitate.audits.distinguishability import judge_pairs
 from hf_imitate.audits.judges import Judge, lora_judge
@@ -48,13 +47,13 @@ class Sizes(NamedTuple):
     test: int = 3000
     scored: int = 300  # of the test questions, those whose probabilities are estimated
     judge_rows: int = 2400
-    small_steps: int = 1200
+    small_steps: int = 700
     few_steps: int = 300
     large_steps: int = 400
-    distinguisher_steps: int = 250
-    judge_lm_steps: int = 400
-    judge_steps: int = 200
-    distil_steps: int = 600
+    distinguisher_steps: int = 200
+    judge_lm_steps: int = 350
+    judge_steps: int = 150
+    distil_steps: int = 400
 
 
 FULL = Sizes()
@@ -77,25 +76,8 @@ def data(seed: int, sizes: Sizes) -> Data:
     return Data(*(rows.select(range(first, end)) for first, end in pairwise(ends)))
 
 
-def kept(name: str, folder: Path, settings: Sequence[Any], build: Callable[[Path], dict[str, Any]]) -> Path:
-    """The folder that `build` fills, unless one of these settings and sources is there; its facts in `made.json`."""
-    digest = hashlib.sha256(f"{_sources()}{settings}".encode()).hexdigest()[:10]
-    path = folder / f"{name}-{digest}"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
-            made = Path(unfinished) / "made"
-            made.mkdir()
-            begun = time.process_time()
-            facts = build(made)
-            facts["cpu_seconds"] = round(time.process_time() - begun, 1)
-            (made / "made.json").write_text(json.dumps(facts), encoding="utf-8")
-            made.rename(path)
-    return path
-
-
 @cache
-def _sources() -> str:
+def sources() -> str:
     """Of this world and of what is trained in it; read once, so that an edit does not part what one run makes."""
     parts: tuple[Any, ...] = (
         world,
@@ -115,11 +97,6 @@ def _sources() -> str:
     return "".join(inspect.getsource(part) for part in parts) + str(
         (rates, BATCH, DISTINGUISHER_BATCH, JUDGE_BATCH, PICKED_PER_QUESTION)
     )
-
-
-def made(path: Path) -> dict[str, Any]:
-    """The facts that [`kept`] wrote."""
-    return json.loads((path / "made.json").read_text(encoding="utf-8"))
 
 
 def load(path: Path) -> Imitator:
@@ -187,7 +164,7 @@ def likelihood(size: str, seed: int, sizes: Sizes, folder: Path) -> Path:
     return kept(
         f"{size}-{seed}",
         folder,
-        [sizes, seed],
+        [sources(), sizes, seed],
         lambda path: fit(new_model(size, seed), shown, path, steps, rate, seed, rows.dev),
     )
 
@@ -200,7 +177,7 @@ def continued(seed: int, sizes: Sizes, folder: Path) -> Path:
     return kept(
         f"continued-{seed}",
         folder,
-        [sizes, seed],
+        [sources(), sizes, seed],
         lambda path: fit(trainable(before), rows.train, path, steps, MORE_RATE, seed, rows.dev),
     )
 
@@ -259,7 +236,7 @@ def residual(size: str, seed: int, sizes: Sizes, folder: Path, imitator: Path | 
         facts["says_no_signal"] = any("no adversarial signal" in text for text in said.texts)
         return facts
 
-    return kept(f"residual-{size}-{imitator.name}", folder, [sizes, seed, size], build)
+    return kept(f"residual-{size}-{imitator.name}", folder, [sources(), sizes, seed], build)
 
 
 class _Warnings(logging.Handler):
@@ -286,8 +263,7 @@ class _Warnings(logging.Handler):
 def distilled(size: str, seed: int, number: int, sizes: Sizes, folder: Path) -> Path:
     """An imitator after so many rounds: likelihood of its human rows and of picked answers, from where it was.
 
-    Of the short memory the training questions are asked once more, of the one that saw few rows others' questions,
-    which nobody had answered; there are no human answers of these in any training.
+    Picked are answers to questions that no human answered in training.
     """
     if number == 0:
         return likelihood(size, seed, sizes, folder)
@@ -296,11 +272,8 @@ def distilled(size: str, seed: int, number: int, sizes: Sizes, folder: Path) -> 
     rows = data(seed, sizes)
 
     def build(path: Path) -> dict[str, Any]:
-        imitator, shown = load(teacher), rows.train
-        asked = shown["prompt"][:]
-        if size == "few":
-            shown = shown.select(range(sizes.few))
-            asked = world.questions(sizes.unanswered, seed, reserved=True)
+        imitator, shown = load(teacher), rows.train.select(range(sizes.few)) if size == "few" else rows.train
+        asked = world.questions(sizes.unanswered, seed, reserved=True)
         picked = [
             (question, answer.text)
             for draw in range(PICKED_PER_QUESTION)
@@ -311,7 +284,7 @@ def distilled(size: str, seed: int, number: int, sizes: Sizes, folder: Path) -> 
         both = concatenate_datasets([shown, Dataset.from_dict({"prompt": prompts, "completion": texts})])
         return fit(trainable(before), both, path, sizes.distil_steps, DISTIL_RATE, seed, rows.dev)
 
-    return kept(f"distilled{number}-{size}-{seed}", folder, [sizes, seed, number], build)
+    return kept(f"distilled{number}-{size}-{seed}", folder, [sources(), sizes, seed, number], build)
 
 
 # --- what is measured
@@ -332,7 +305,7 @@ def judge(number: int, sizes: Sizes, folder: Path) -> Judge:
         rows = world.human_rows(world.questions(sizes.judge_rows, seed, reserved=True), seed)
         return fit(new_model("large", seed), rows, path, sizes.judge_lm_steps, JUDGE_LM_RATE, seed)
 
-    path = kept(f"judge-{number}", folder, [sizes, number], build)
+    path = kept(f"judge-{number}", folder, [sources(), sizes, number], build)
     base, tokenizer = load_causal_lm(path, "cpu", None)
     settings: dict[str, Any] = {"num_steps": sizes.judge_steps, "batch_size": JUDGE_BATCH, "learning_rate": JUDGE_RATE}
     return lora_judge(base, tokenizer, full=True, **settings)
