@@ -10,7 +10,7 @@ from typing import Any
 
 
 def kept(name: str, folder: Path, settings: Sequence[Any], build: Callable[[Path], dict[str, Any]]) -> Path:
-    """The folder that `build` fills unless one of these settings is there (name sources, too); facts in `made.json`."""
+    """The folder that `build` fills unless one of these settings, sources too, is there; facts in `made.json`."""
     digest = hashlib.sha256(str(settings).encode()).hexdigest()[:10]
     path = folder / f"{name}-{digest}"
     if not path.exists():
