@@ -13,7 +13,6 @@ signal. Reported beside it: the oracle; more steps of likelihood; a round of dis
 hold; the cost; and what the larger model does on its own.
 """
 
-import inspect
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -93,7 +92,7 @@ def temperatures(seed: int, sizes: Sizes, folder: Path) -> dict[str, Any]:
 
 def best_temperature(seed: int, sizes: Sizes, folder: Path) -> dict[str, Any]:
     """The temperature that judges found hardest, as `best`; kept beside what is trained."""
-    settings = [arms.sources(), sizes, seed, TEMPERATURES, inspect.getsource(temperatures)]
+    settings = [arms.sources(arms.likelihood, arms.judge, arms.judged, temperatures), sizes, seed, TEMPERATURES]
     return made(kept(f"temperature-{seed}", folder, settings, lambda _: temperatures(seed, sizes, folder)))
 
 

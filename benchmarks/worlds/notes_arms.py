@@ -31,7 +31,7 @@ from hf_imitate.rendering import Answer
 PARTS = Path(__file__).parent.parent / "results" / "partial" / "residual"
 BATCH, SMALL_RATE, LARGE_RATE, JUDGE_LM_RATE, MORE_RATE = 64, 1e-2, 6e-3, 5e-3, 3e-3
 PICKED_PER_QUESTION, DISTIL_RATE = 2, 5e-3
-DISTINGUISHER_BATCH, DISTINGUISHER_RATE = 64, 5e-4
+DISTINGUISHER_RATE = 5e-4
 JUDGE_BATCH, JUDGE_RATE = 32, 7e-4
 ANSWER_BATCH = 512
 TIMINGS = 5
@@ -50,7 +50,8 @@ class Sizes(NamedTuple):
     small_steps: int = 700
     few_steps: int = 300
     large_steps: int = 400
-    distinguisher_steps: int = 200
+    distinguisher: tuple[int, int, float] = (200, 64, 0.1)  # steps, answers in each, share of rows held out
+    same_size: tuple[int, int, float] = (300, 128, 0.35)  # enough held-out questions to say that there is no signal
     judge_lm_steps: int = 350
     judge_steps: int = 150
     distil_steps: int = 400
@@ -77,25 +78,11 @@ def data(seed: int, sizes: Sizes) -> Data:
 
 
 @cache
-def sources() -> str:
-    """Of this world and of what is trained in it; read once, so that an edit does not part what one run makes."""
-    parts: tuple[Any, ...] = (
-        world,
-        Sizes,
-        data,
-        fit,
-        new_model,
-        likelihood,
-        continued,
-        residual,
-        distilled,
-        answers,
-        judge,
-        judged,
-    )
-    rates = (SMALL_RATE, LARGE_RATE, JUDGE_LM_RATE, JUDGE_RATE, DISTINGUISHER_RATE, MORE_RATE, DISTIL_RATE)
-    return "".join(inspect.getsource(part) for part in parts) + str(
-        (rates, BATCH, DISTINGUISHER_BATCH, JUDGE_BATCH, PICKED_PER_QUESTION)
+def sources(*parts: Callable[..., Any]) -> str:
+    """Of this world and of what trains in it; read once, so that an edit does not part what one run makes."""
+    rates = (SMALL_RATE, LARGE_RATE, JUDGE_LM_RATE, JUDGE_RATE, MORE_RATE, DISTIL_RATE, DISTINGUISHER_RATE)
+    return "".join(inspect.getsource(part) for part in (world, data, new_model, fit, *parts)) + str(
+        (rates, BATCH, JUDGE_BATCH, PICKED_PER_QUESTION)
     )
 
 
@@ -164,7 +151,7 @@ def likelihood(size: str, seed: int, sizes: Sizes, folder: Path) -> Path:
     return kept(
         f"{size}-{seed}",
         folder,
-        [sources(), sizes, seed],
+        [sources(likelihood), sizes, seed],
         lambda path: fit(new_model(size, seed), shown, path, steps, rate, seed, rows.dev),
     )
 
@@ -173,11 +160,11 @@ def continued(seed: int, sizes: Sizes, folder: Path) -> Path:
     """The small imitator after more likelihood: as many steps as the distinguisher takes as both of what it is."""
     rows = data(seed, sizes)
     before = likelihood("small", seed, sizes, folder)
-    steps = sizes.large_steps + sizes.distinguisher_steps
+    steps = sizes.large_steps + sizes.distinguisher[0]
     return kept(
         f"continued-{seed}",
         folder,
-        [sources(), sizes, seed],
+        [sources(likelihood, continued), sizes, seed],
         lambda path: fit(trainable(before), rows.train, path, steps, MORE_RATE, seed, rows.dev),
     )
 
@@ -194,6 +181,7 @@ def residual(size: str, seed: int, sizes: Sizes, folder: Path, imitator: Path | 
     """
     imitator = imitator or likelihood("small", seed, sizes, folder)
     rows = data(seed, sizes)
+    steps, batch, share_held_out = sizes.distinguisher if size == "large" else sizes.same_size
 
     def build(path: Path) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as scratch:
@@ -202,15 +190,15 @@ def residual(size: str, seed: int, sizes: Sizes, folder: Path, imitator: Path | 
                 use_cpu=True,
                 seed=seed,
                 freeze_imitator=True,
-                max_steps=sizes.distinguisher_steps,
-                per_device_train_batch_size=DISTINGUISHER_BATCH,
+                max_steps=steps,
+                per_device_train_batch_size=batch,
                 num_generations=2,
                 max_completion_length=world.MAX_TOKENS,
                 imitator_warmup_learning_rate=LARGE_RATE,
                 distinguisher_lm_warmup_steps=sizes.large_steps if size == "large" else 0,
                 distinguisher_warmup_steps=0,
                 distinguisher_learning_rate=DISTINGUISHER_RATE,
-                heldout_fraction=0.1,
+                heldout_fraction=share_held_out,
                 report_to="none",
                 save_strategy="no",
                 logging_steps=20,
@@ -236,7 +224,7 @@ def residual(size: str, seed: int, sizes: Sizes, folder: Path, imitator: Path | 
         facts["says_no_signal"] = any("no adversarial signal" in text for text in said.texts)
         return facts
 
-    return kept(f"residual-{size}-{imitator.name}", folder, [sources(), sizes, seed], build)
+    return kept(f"residual-{size}-{imitator.name}", folder, [sources(residual), sizes, size, imitator.name], build)
 
 
 class _Warnings(logging.Handler):
@@ -284,7 +272,7 @@ def distilled(size: str, seed: int, number: int, sizes: Sizes, folder: Path) -> 
         both = concatenate_datasets([shown, Dataset.from_dict({"prompt": prompts, "completion": texts})])
         return fit(trainable(before), both, path, sizes.distil_steps, DISTIL_RATE, seed, rows.dev)
 
-    return kept(f"distilled{number}-{size}-{seed}", folder, [sources(), sizes, seed, number], build)
+    return kept(f"distilled{number}-{size}-{seed}", folder, [sources(distilled, answers), teacher.name], build)
 
 
 # --- what is measured
@@ -305,7 +293,7 @@ def judge(number: int, sizes: Sizes, folder: Path) -> Judge:
         rows = world.human_rows(world.questions(sizes.judge_rows, seed, reserved=True), seed)
         return fit(new_model("large", seed), rows, path, sizes.judge_lm_steps, JUDGE_LM_RATE, seed)
 
-    path = kept(f"judge-{number}", folder, [sources(), sizes, number], build)
+    path = kept(f"judge-{number}", folder, [sources(judge), sizes, number], build)
     base, tokenizer = load_causal_lm(path, "cpu", None)
     settings: dict[str, Any] = {"num_steps": sizes.judge_steps, "batch_size": JUDGE_BATCH, "learning_rate": JUDGE_RATE}
     return lora_judge(base, tokenizer, full=True, **settings)
