@@ -1,10 +1,10 @@
-"""Rounds of distillation on the digits: what of the gain of one-of-8 stays in the weights, at K = 1.
+"""Rounds of distillation on the notes: what of the gain of one-of-8 stays in the weights, at K = 1.
 
-A round keeps one of 8 answers to each training question, twice, learns these and the human's rows by likelihood from
-where the imitator was, and fits a fresh distinguisher to the new imitator ([`worlds.digits_arms.distilled`]). Two
-rounds. Claimed: one round keeps at least half of what one-of-8 gained, of the judges' advantage and of the bits. This
-imitator has too few weights for the human's law, so the bits are the hard half: likelihood of the human's rows alone
-had already brought it to where they fall no more.
+The imitator could hold the human's law, since it sees everything, but was shown 400 rows; the distinguisher has read
+3 700, as a language model first. A round keeps one of 8 answers to each of 2 400 questions that no human answered,
+twice, learns these and the 400 rows by likelihood from where the imitator was, and fits a fresh distinguisher to the
+new imitator ([`worlds.notes_arms.distilled`]). Two rounds; all questions are asked in each. Claimed: one round keeps
+at least half of what one-of-8 gained, of the judges' advantage and of the bits. More rounds are reported.
 """
 
 from pathlib import Path
@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks import residual
-from benchmarks.worlds import digits_arms as arms
-from benchmarks.worlds.digits_arms import FULL, PARTS, Sizes
+from benchmarks.worlds import notes_arms as arms
+from benchmarks.worlds.kept import made
+from benchmarks.worlds.notes_arms import FULL, PARTS, Sizes
 from hf_imitate.log_probs import nats_to_bits
 
 ROUNDS = (1, 2)
-SEEDS = residual.SEEDS
+SEEDS = [71, 72, 73]  # chosen before their first run; the settings were found on seed 100
 CELLS = [
     *({"part": "training", "seed": seed, "round": number} for seed in SEEDS for number in ROUNDS),
     *({"part": "judges", "seed": seed, "judge": judge} for seed in SEEDS for judge in residual.JUDGES),
@@ -29,27 +30,30 @@ CELLS = [
 def run_cell(cell: dict[str, Any], sizes: Sizes = FULL, folder: Path = PARTS) -> dict[str, Any]:
     """Train one round, let one judge see all imitators, or score them."""
     seed = cell["seed"]
+    rounds = [arms.distilled("few", seed, number, sizes, folder) for number in (0, *ROUNDS)]
     if cell["part"] == "training":
-        return arms.made(arms.distilled(seed, cell["round"], sizes, folder))
+        teacher = arms.residual("large", seed, sizes, folder, rounds[cell["round"] - 1])
+        return {"imitator": made(rounds[cell["round"]]), "distinguisher": made(teacher)}
     rows = arms.data(seed, sizes).test
-    begun = arms.load(arms.residual("large", seed, sizes, folder))
-    students = {f"round {n}": arms.load(arms.distilled(seed, n, sizes, folder)) for n in ROUNDS}
+    one_of_8 = arms.load(arms.residual("large", seed, sizes, folder, rounds[0]))
+    students = {f"round {number}": (arms.load(path), {}) for number, path in enumerate(rounds)}
+    laws: dict[str, tuple[Any, dict[str, int]]] = {"one of 8": (one_of_8, {"resample": 8}), **students}
     if cell["part"] == "judges":
-        laws = {"round 0": (begun, 1), "one of 8": (begun, 8)} | {name: (one, 1) for name, one in students.items()}
         judge, asked = cell["judge"], rows["prompt"][:]
         return {
             name: arms.judged(
                 rows,
-                arms.answers(imitator, asked, 50 + judge, resample=k),
+                arms.answers(imitator, asked, 50 + judge, **law),
                 arms.judge(judge, sizes, folder),
                 judge,
             )["accuracy"]
-            for name, (imitator, k) in laws.items()
+            for name, (imitator, law) in laws.items()
         }
-    scored = rows.select(range(sizes.scored))
-    nats = {"round 0": arms.log_probs(begun, scored, 1, 1)["nats"]}
-    nats["one of 8"] = arms.log_probs(begun, scored, 8, residual.ESTIMATES[8])["nats"]
-    nats |= {name: arms.log_probs(one, scored, 1, 1)["nats"] for name, one in students.items()}
+    asked, humans = (rows[name][: sizes.scored] for name in ("prompt", "completion"))
+    nats = {
+        name: arms.log_prob(imitator, asked, humans, residual.ESTIMATES.get(law.get("resample", 1), 1), **law)["nats"]
+        for name, (imitator, law) in laws.items()
+    }
     return {name: nats_to_bits(float(-values.mean())) for name, values in nats.items()}
 
 

@@ -21,7 +21,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from benchmarks.worlds.digits_arms import kept, made
+from benchmarks.worlds.kept import kept, made
 from hf_imitate import (
     AdversarialConfig,
     AdversarialTrainer,
@@ -57,9 +57,9 @@ CELLS = [
 class Sizes(NamedTuple):
     """Rows of each kind, and steps of training."""
 
-    train: int = 3500
-    judge_rows: int = 1500
-    test: int = 1400
+    train: int = 2800
+    judge_rows: int = 1000
+    test: int = 1200
     scored: int = 200
     imitator_steps: int = 500
     judge_lm_steps: int = 250

@@ -1,57 +1,53 @@
-"""One of K answers on the digits: the world is what it claims to be, and every cell runs."""
+"""One of K answers on the notes: the world is what it claims to be, memories are short, and every cell runs."""
 
 import math
 from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import residual, residual_distil
-from benchmarks.worlds import digits, digits_arms
+from benchmarks.worlds import notes, notes_arms
+from hf_imitate import Distinguisher, Imitator
 from hf_imitate.rendering import Answer
 
-TINY = digits_arms.Sizes(
+TINY = notes_arms.Sizes(
     train=160,
     dev=60,
     test=80,
     scored=12,
     judge_rows=128,
+    few=40,
+    unanswered=40,
     small_steps=10,
+    few_steps=10,
     large_steps=10,
-    distinguisher_steps=6,
+    distinguisher=(6, 16, 0.1),
+    same_size=(6, 16, 0.2),
     judge_lm_steps=10,
     judge_steps=6,
     distil_steps=6,
 )
 
 
-def said_by_hand(question, rng):
-    """The human, step by step: order, forget, write."""
-    given = [int(digit) for digit in question[:-1]]
-    order = rng.choice(4, p=[0.40, 0.25, 0.20, 0.15])
-    if order == 0:
-        said = sorted(given)
-    elif order == 1:
-        said = sorted(given)[::-1]
-    elif order == 2:
-        said = given[::-1]
-    else:
-        said = [digit for digit in given if digit % 2 == 0] + [digit for digit in given if digit % 2]
+def written_by_hand(question, rng):
+    """The human, step by step: open, say, forget, be kind, close."""
+    number = rng.choice(3, p=[0.5, 0.3, 0.2])
+    said = list(question[:-1])
     if rng.random() < 0.3:
         del said[rng.integers(len(said))]
-    text = rng.choice(["", ",", ";"], p=[0.5, 0.3, 0.2]).join(map(str, said))
-    if rng.random() < 0.4:
-        text = f"({text})"
-    return text + "!" * (rng.random() < 0.2)
+    words = rng.choice(["thankyou", "goodluck", "takecare", "farewell"], p=[0.4, 0.3, 0.2, 0.1])
+    return "([{"[number] + "".join(said) + words + ")]}"[number]
 
 
-@pytest.mark.parametrize("question", ["3071?", "1234?", "86420?"])
+@pytest.mark.parametrize("question", ["3071?", "3301?"])
 def test_the_humans_law_is_what_the_process_gives(question):
-    """In 1234 one order is another's, in 86420 three are: their probabilities add up."""
+    """In 3301 two ways to forget a digit give one answer: their probabilities add up."""
     rng = np.random.default_rng(0)
     num = 20_000
-    counts = Counter(said_by_hand(question, rng) for _ in range(num))
-    law = digits.law(question)
+    counts = Counter(written_by_hand(question, rng) for _ in range(num))
+    law = notes.law(question)
 
     assert sum(law.values()) == pytest.approx(1)
     assert set(counts) <= set(law)
@@ -61,47 +57,94 @@ def test_the_humans_law_is_what_the_process_gives(question):
 
 def test_rows_and_entropy_are_those_of_the_law():
     question = "3071?"
-    p = np.array(list(digits.law(question).values()))
-    assert digits.entropy([question]) == pytest.approx(-(p * np.log(p)).sum())
+    p = np.array(list(notes.law(question).values()))
+    assert notes.entropy([question]) == pytest.approx(-(p * np.log(p)).sum())
 
-    rows = digits.human_rows(digits.questions(2000, 3), 3)
-    nats = -digits.human_log_prob(rows["prompt"][:], rows["completion"][:])
+    rows = notes.human_rows(notes.questions(2000, 3), 3)
+    nats = -notes.human_log_prob(rows["prompt"][:], rows["completion"][:])
     error = nats.std() / math.sqrt(len(nats))
-    assert abs(nats.mean() - digits.entropy(rows["prompt"][:])) < 4 * error
-    assert digits.human_log_prob([question], ["0137!!"])[0] == -math.inf
+    assert abs(nats.mean() - notes.entropy(rows["prompt"][:])) < 4 * error
+    assert notes.human_log_prob([question], ["(3071thankyou]"])[0] == -math.inf
+
+
+def test_a_short_memory_costs_the_entropy_of_what_it_forgot(monkeypatch):
+    """Whole notes in memory: the human's entropy. Eleven tokens: how it was opened is gone, all else is there."""
+    monkeypatch.setattr(notes, "DIGITS", "012")
+    asked = [f"{i}{j}{k}{n}?" for i in "012" for j in "012" for k in "012" for n in "012"]
+    exact = notes.entropy(asked)
+    opening = -sum(p * math.log(p) for p in notes.FRAMES.values())
+    assert notes.entropy_with_memory(99) == pytest.approx(exact)
+    assert notes.entropy_with_memory(11) == pytest.approx(exact + opening, abs=1e-3)
+    assert notes.entropy_with_memory(6) > notes.entropy_with_memory(11) + 0.1
+
+
+@pytest.mark.parametrize(("size", "remembers"), [("small", False), ("large", True)])
+def test_only_the_larger_model_knows_at_the_end_how_a_note_was_opened(size, remembers):
+    """The next token's law after two notes that differ in the opening alone, the product's own scores included."""
+    torch.manual_seed(0)
+    model = notes.new_model(size).eval()
+    texts = ["(307farewell", "[307farewell", "(308farewell"]
+    ids = torch.tensor([notes.tokenizer()("3071?" + text)["input_ids"] for text in texts])
+    with torch.no_grad():
+        opened, differently, other = model(ids).logits[:, -1].log_softmax(-1)
+    assert torch.allclose(opened, differently, atol=1e-6) != remembers
+    assert not torch.allclose(opened, other, atol=1e-6)
+
+    imitator = Imitator(model, notes.tokenizer(), max_new_tokens=notes.MAX_TOKENS)
+    closings = [text + ")" for text in texts[:2]]
+    whole = imitator.log_prob(["3071?"] * 2, closings).nats
+    row = torch.tensor(notes.tokenizer()("3071?" + closings[0])["input_ids"] + [0])
+    with torch.no_grad():
+        by_hand = model(row[None]).logits[0, 4:-1].log_softmax(-1).gather(1, row[5:, None]).sum()
+    torch.testing.assert_close(whole[0], by_hand, atol=1e-4, rtol=0, check_dtype=False)
+
+
+def test_kept_answers_of_a_short_memory_verify_and_are_scored_as_they_are_drawn():
+    """Shared prefixes do not fit a sliding window; drawing, re-execution and estimates agree all the same."""
+    torch.manual_seed(0)
+    model = notes.new_model("small").eval()
+    distinguisher = Distinguisher.from_causal_lm(notes.new_model("large"), notes.tokenizer(), seed=0)
+    imitator = Imitator(model, notes.tokenizer(), distinguisher=distinguisher, max_new_tokens=notes.MAX_TOKENS)
+    asked = ["3071?", "22?", "98765?"]
+    kept = imitator.answer(asked, resample=4, seed=3)
+    assert imitator.verify(asked, kept, resample=4, seed=3).verified
+    texts = [own[0] for own in kept]
+    plain = imitator.log_prob(asked, texts).nats
+    factor = imitator.log_prob(asked, texts, resample=4, num_estimates=4, seed=5).nats - plain
+    assert (factor <= math.log(4) + 1e-4).all()
 
 
 def test_no_question_of_the_judges_language_models_is_asked_elsewhere():
-    reserved = {q for seed in (7000, 7001) for q in digits.questions(1000, seed, reserved=True)}
-    others = {q for seed in (41, 42) for q in digits.questions(3000, seed)}
+    reserved = {q for seed in (7000, 7001) for q in notes.questions(1000, seed, reserved=True)}
+    others = {q for seed in (41, 42) for q in notes.questions(3000, seed)}
     assert not reserved & others
-    train, dev, test = digits_arms.data(41, TINY)
+    train, dev, test = notes_arms.data(41, TINY)
     parts = [set(part["prompt"]) for part in (train, dev, test)]
     assert len(set.union(*parts)) == sum(map(len, parts)) == 300
 
 
 def test_every_human_answer_fits():
-    rows = digits.human_rows(digits.questions(3000, 5), 5)
-    lengths = [len(ids) for ids in digits.tokenizer()(rows["completion"][:])["input_ids"]]
-    assert max(lengths) == digits.MAX_TOKENS - 1
-    assert digits.tokenizer().decode(digits.tokenizer()("(3,0,7)!")["input_ids"]) == "(3,0,7)!"
+    rows = notes.human_rows(notes.questions(3000, 5), 5)
+    lengths = [len(ids) for ids in notes.tokenizer()(rows["completion"][:])["input_ids"]]
+    assert max(lengths) == notes.MAX_TOKENS - 1
+    assert notes.tokenizer().decode(notes.tokenizer()("[307goodluck]")["input_ids"]) == "[307goodluck]"
 
 
 def test_the_oracle_sees_nothing_in_the_humans_own_law_and_everything_in_impossible_answers():
-    rows = digits.human_rows(digits.questions(400, 5), 5)
-    again = digits.human_rows(rows["prompt"][:], 6)["completion"]
+    rows = notes.human_rows(notes.questions(400, 5), 5)
+    again = notes.human_rows(rows["prompt"][:], 6)["completion"]
     own = [Answer(text, True) for text in again]
-    found = digits_arms.oracle(rows, own, digits.human_log_prob)
+    found = notes_arms.oracle(rows, own, notes.human_log_prob)
     assert found == {"oracle": 0.5, "impossible": 0.0}
 
     half = [Answer("99", True) if i % 2 else answer for i, answer in enumerate(own)]
-    assert digits_arms.oracle(rows, half, digits.human_log_prob) == {"oracle": 0.75, "impossible": 0.5}
+    assert notes_arms.oracle(rows, half, notes.human_log_prob) == {"oracle": 0.75, "impossible": 0.5}
 
 
 def test_the_oracle_of_a_known_law_wins_as_often_as_enumeration_says():
     """The imitator is the human who never forgets; paired accuracy by a sum over both answers."""
-    asked = [f"{q}" for q in digits.questions(300, 9)]
-    forgetless = {q: {a: p for a, p in digits.law(q).items() if is_whole(q, a)} for q in asked}
+    asked = [f"{q}" for q in notes.questions(300, 9)]
+    forgetless = {q: {a: p for a, p in notes.law(q).items() if is_whole(q, a)} for q in asked}
     forgetless = {q: {a: p / sum(law.values()) for a, p in law.items()} for q, law in forgetless.items()}
 
     def log_prob(prompts, answers):
@@ -109,7 +152,7 @@ def test_the_oracle_of_a_known_law_wins_as_often_as_enumeration_says():
 
     exact = []
     for q in asked:
-        human, own = digits.law(q), forgetless[q]
+        human, own = notes.law(q), forgetless[q]
         ratio = {a: human[a] / own.get(a, 1e-300) for a in human}
         share_above = [sum(p for a, p in human.items() if ratio[a] > ratio[b] * (1 + 1e-9)) for b in own]
         ties = [sum(p for a, p in human.items() if abs(ratio[a] / ratio[b] - 1) <= 1e-9) for b in own]
@@ -117,18 +160,18 @@ def test_the_oracle_of_a_known_law_wins_as_often_as_enumeration_says():
     rng = np.random.default_rng(0)
     wins = []
     for seed in range(8):
-        rows = digits.human_rows(asked, 100 + seed)
+        rows = notes.human_rows(asked, 100 + seed)
         drawn = [
             Answer(list(forgetless[q])[rng.choice(len(forgetless[q]), p=list(forgetless[q].values()))], True)
             for q in asked
         ]
-        wins.append(digits_arms.oracle(rows, drawn, log_prob)["oracle"])
+        wins.append(notes_arms.oracle(rows, drawn, log_prob)["oracle"])
     assert np.mean(wins) == pytest.approx(np.mean(exact), abs=0.03)
     assert np.mean(exact) > 0.6
 
 
 def is_whole(question, answer):
-    return sum(letter.isdigit() for letter in answer) == len(question) - 1
+    return question[:-1] in answer
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,12 @@
-"""What is compared on the digits: a small imitator, a larger one, and the small one's answers, picked by the larger.
+"""What is compared on the notes: an imitator of short memory, a larger model, and answers of one, picked by the other.
 
 Everything that is trained is kept in a folder under a hash of what made it, so that the cells of an entry share it.
 """
 
 import contextlib
-import hashlib
 import inspect
-import json
 import logging
 import math
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +19,8 @@ import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 
-from benchmarks.worlds import digits as world
+from benchmarks.worlds import notes as world
+from benchmarks.worlds.kept import kept
 from hf_imitate import AdversarialConfig, AdversarialTrainer, Imitator, RetrodictiveConfig, RetrodictiveTrainer
 from hf_imitate.audits.distinguishability import judge_pairs
 from hf_imitate.audits.judges import Judge, lora_judge
@@ -31,27 +29,32 @@ from hf_imitate.pairs import Pair
 from hf_imitate.rendering import Answer
 
 PARTS = Path(__file__).parent.parent / "results" / "partial" / "residual"
-BATCH, SMALL_RATE, LARGE_RATE, JUDGE_LM_RATE = 128, 1.5e-2, 4e-3, 3e-3
-DISTINGUISHER_BATCH, DISTINGUISHER_RATE = 64, 5e-4
-JUDGE_BATCH, JUDGE_RATE = 32, 7e-4
+BATCH, SMALL_RATE, LARGE_RATE, JUDGE_LM_RATE, MORE_RATE = 64, 1e-2, 6e-3, 5e-3, 3e-3
 PICKED_PER_QUESTION, DISTIL_RATE = 2, 5e-3
+DISTINGUISHER_RATE = 5e-4
+JUDGE_BATCH, JUDGE_RATE = 32, 7e-4
 ANSWER_BATCH = 512
+TIMINGS = 5
 
 
 class Sizes(NamedTuple):
     """How many rows there are of each kind, and for how many steps each model is trained."""
 
-    train: int = 20_000
-    dev: int = 1000
+    train: int = 3700
+    few: int = 400  # of the training rows, those that an imitator of few rows is shown
+    unanswered: int = 2400
+    dev: int = 700
     test: int = 3000
-    scored: int = 400  # of the test questions, those whose probabilities are estimated
-    judge_rows: int = 8000
-    small_steps: int = 1600
-    large_steps: int = 1500
-    distinguisher_steps: int = 400
-    judge_lm_steps: int = 800
-    judge_steps: int = 300
-    distil_steps: int = 600
+    scored: int = 300  # of the test questions, those whose probabilities are estimated
+    judge_rows: int = 2400
+    small_steps: int = 700
+    few_steps: int = 300
+    large_steps: int = 400
+    distinguisher: tuple[int, int, float] = (200, 64, 0.1)  # steps, answers in each, share of rows held out
+    same_size: tuple[int, int, float] = (300, 128, 0.35)  # enough held-out questions to say that there is no signal
+    judge_lm_steps: int = 350
+    judge_steps: int = 150
+    distil_steps: int = 400
 
 
 FULL = Sizes()
@@ -74,48 +77,13 @@ def data(seed: int, sizes: Sizes) -> Data:
     return Data(*(rows.select(range(first, end)) for first, end in pairwise(ends)))
 
 
-def kept(name: str, folder: Path, settings: Sequence[Any], build: Callable[[Path], dict[str, Any]]) -> Path:
-    """The folder that `build` fills, unless one of these settings and sources is there; its facts in `made.json`."""
-    digest = hashlib.sha256(f"{_sources()}{settings}".encode()).hexdigest()[:10]
-    path = folder / f"{name}-{digest}"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
-            made = Path(unfinished) / "made"
-            made.mkdir()
-            begun = time.process_time()
-            facts = build(made)
-            facts["cpu_seconds"] = round(time.process_time() - begun, 1)
-            (made / "made.json").write_text(json.dumps(facts), encoding="utf-8")
-            made.rename(path)
-    return path
-
-
 @cache
-def _sources() -> str:
-    """Of this world and of what is trained in it; read once, so that an edit does not part what one run makes."""
-    parts: tuple[Any, ...] = (
-        world,
-        Sizes,
-        data,
-        fit,
-        new_model,
-        likelihood,
-        residual,
-        distilled,
-        answers,
-        judge,
-        judged,
+def sources(*parts: Callable[..., Any]) -> str:
+    """Of this world and of what trains in it; read once, so that an edit does not part what one run makes."""
+    rates = (SMALL_RATE, LARGE_RATE, JUDGE_LM_RATE, JUDGE_RATE, MORE_RATE, DISTIL_RATE, DISTINGUISHER_RATE)
+    return "".join(inspect.getsource(part) for part in (world, data, new_model, fit, *parts)) + str(
+        (rates, BATCH, JUDGE_BATCH, PICKED_PER_QUESTION)
     )
-    rates = (SMALL_RATE, LARGE_RATE, JUDGE_LM_RATE, JUDGE_RATE, DISTINGUISHER_RATE, DISTIL_RATE)
-    return "".join(inspect.getsource(part) for part in parts) + str(
-        (rates, BATCH, DISTINGUISHER_BATCH, JUDGE_BATCH, PICKED_PER_QUESTION)
-    )
-
-
-def made(path: Path) -> dict[str, Any]:
-    """The facts that [`kept`] wrote."""
-    return json.loads((path / "made.json").read_text(encoding="utf-8"))
 
 
 def load(path: Path) -> Imitator:
@@ -172,24 +140,48 @@ def new_model(size: str, seed: int) -> Any:
 
 
 def likelihood(size: str, seed: int, sizes: Sizes, folder: Path) -> Path:
-    """The imitator of this size, fitted to the human rows of this seed by likelihood."""
-    steps, rate = (sizes.small_steps, SMALL_RATE) if size == "small" else (sizes.large_steps, LARGE_RATE)
+    """The imitator of this size, fitted to the human rows of this seed by likelihood; "few" is shown a few of them."""
+    steps, rate = {
+        "small": (sizes.small_steps, SMALL_RATE),
+        "large": (sizes.large_steps, LARGE_RATE),
+        "few": (sizes.few_steps, SMALL_RATE),
+    }[size]
     rows = data(seed, sizes)
+    shown = rows.train.select(range(sizes.few)) if size == "few" else rows.train
     return kept(
         f"{size}-{seed}",
         folder,
-        [sizes, seed],
-        lambda path: fit(new_model(size, seed), rows.train, path, steps, rate, seed, rows.dev),
+        [sources(likelihood), sizes, seed],
+        lambda path: fit(new_model(size, seed), shown, path, steps, rate, seed, rows.dev),
     )
 
 
-def residual(size: str, seed: int, sizes: Sizes, folder: Path, imitator: Path | None = None, name: str = "") -> Path:
-    """A distinguisher of this size beside the small imitator, which stands still.
+def continued(seed: int, sizes: Sizes, folder: Path) -> Path:
+    """The small imitator after more likelihood: as many steps as the distinguisher takes as both of what it is."""
+    rows = data(seed, sizes)
+    before = likelihood("small", seed, sizes, folder)
+    steps = sizes.large_steps + sizes.distinguisher[0]
+    return kept(
+        f"continued-{seed}",
+        folder,
+        [sources(likelihood, continued), sizes, seed],
+        lambda path: fit(trainable(before), rows.train, path, steps, MORE_RATE, seed, rows.dev),
+    )
+
+
+def trainable(path: Path) -> Any:
+    """The model saved there; what is loaded to be used is frozen."""
+    return load(path).model.requires_grad_(True)
+
+
+def residual(size: str, seed: int, sizes: Sizes, folder: Path, imitator: Path | None = None) -> Path:
+    """A distinguisher of this size beside an imitator that stands still, by default the small one.
 
     A large one begins as a language model of the same rows; a small one as the imitator itself.
     """
     imitator = imitator or likelihood("small", seed, sizes, folder)
     rows = data(seed, sizes)
+    steps, batch, share_held_out = sizes.distinguisher if size == "large" else sizes.same_size
 
     def build(path: Path) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as scratch:
@@ -198,15 +190,15 @@ def residual(size: str, seed: int, sizes: Sizes, folder: Path, imitator: Path | 
                 use_cpu=True,
                 seed=seed,
                 freeze_imitator=True,
-                max_steps=sizes.distinguisher_steps,
-                per_device_train_batch_size=DISTINGUISHER_BATCH,
+                max_steps=steps,
+                per_device_train_batch_size=batch,
                 num_generations=2,
                 max_completion_length=world.MAX_TOKENS,
                 imitator_warmup_learning_rate=LARGE_RATE,
                 distinguisher_lm_warmup_steps=sizes.large_steps if size == "large" else 0,
                 distinguisher_warmup_steps=0,
                 distinguisher_learning_rate=DISTINGUISHER_RATE,
-                heldout_fraction=0.1,
+                heldout_fraction=share_held_out,
                 report_to="none",
                 save_strategy="no",
                 logging_steps=20,
@@ -232,7 +224,7 @@ def residual(size: str, seed: int, sizes: Sizes, folder: Path, imitator: Path | 
         facts["says_no_signal"] = any("no adversarial signal" in text for text in said.texts)
         return facts
 
-    return kept(f"residual-{name or size}-{seed}", folder, [sizes, seed, size, str(imitator.name)], build)
+    return kept(f"residual-{size}-{imitator.name}", folder, [sources(residual), sizes, size, imitator.name], build)
 
 
 class _Warnings(logging.Handler):
@@ -256,32 +248,31 @@ class _Warnings(logging.Handler):
             listened.removeHandler(self)
 
 
-def distilled(seed: int, number: int, sizes: Sizes, folder: Path) -> Path:
-    """The small imitator after so many rounds: likelihood of picked answers and the human rows, from where it was."""
+def distilled(size: str, seed: int, number: int, sizes: Sizes, folder: Path) -> Path:
+    """An imitator after so many rounds: likelihood of its human rows and of picked answers, from where it was.
+
+    Picked are answers to questions that no human answered in training.
+    """
     if number == 0:
-        return likelihood("small", seed, sizes, folder)
+        return likelihood(size, seed, sizes, folder)
+    before = distilled(size, seed, number - 1, sizes, folder)
+    teacher = residual("large", seed, sizes, folder, before)
     rows = data(seed, sizes)
-    before = distilled(seed, number - 1, sizes, folder)
-    teacher = residual("large", seed, sizes, folder, before, "" if number == 1 else f"round{number}")
 
     def build(path: Path) -> dict[str, Any]:
-        imitator, asked = load(teacher), rows.train["prompt"][:]
-        draw: dict[str, Any] = {
-            "num_answers": PICKED_PER_QUESTION,
-            "seed": 10_000 + number,
-            "batch_size": ANSWER_BATCH,
-        }
-        picked = imitator.answer(asked, resample=8, max_new_tokens=world.MAX_TOKENS, **draw)
-        # An empty answer is none to learn from; a small imitator gives a few.
-        pairs = [(question, text) for question, own in zip(asked, picked, strict=True) for text in own if text]
-        prompts, texts = zip(*pairs, strict=True)
-        own_rows = Dataset.from_dict({"prompt": prompts, "completion": texts})
-        both = concatenate_datasets([rows.train, own_rows])
-        # What is loaded to be used is frozen.
-        student = load(before).model.requires_grad_(True)
-        return fit(student, both, path, sizes.distil_steps, DISTIL_RATE, seed, rows.dev)
+        imitator, shown = load(teacher), rows.train.select(range(sizes.few)) if size == "few" else rows.train
+        asked = world.questions(sizes.unanswered, seed, reserved=True)
+        picked = [
+            (question, answer.text)
+            for draw in range(PICKED_PER_QUESTION)
+            for question, answer in zip(asked, answers(imitator, asked, 10_000 + draw, resample=8), strict=True)
+            if answer.text  # an empty answer is none to learn from
+        ]
+        prompts, texts = zip(*picked, strict=True)
+        both = concatenate_datasets([shown, Dataset.from_dict({"prompt": prompts, "completion": texts})])
+        return fit(trainable(before), both, path, sizes.distil_steps, DISTIL_RATE, seed, rows.dev)
 
-    return kept(f"distilled{number}-{seed}", folder, [sizes, seed, number, teacher.name], build)
+    return kept(f"distilled{number}-{size}-{seed}", folder, [sources(distilled, answers), teacher.name], build)
 
 
 # --- what is measured
@@ -302,7 +293,7 @@ def judge(number: int, sizes: Sizes, folder: Path) -> Judge:
         rows = world.human_rows(world.questions(sizes.judge_rows, seed, reserved=True), seed)
         return fit(new_model("large", seed), rows, path, sizes.judge_lm_steps, JUDGE_LM_RATE, seed)
 
-    path = kept(f"judge-{number}", folder, [sizes, number], build)
+    path = kept(f"judge-{number}", folder, [sources(judge), sizes, number], build)
     base, tokenizer = load_causal_lm(path, "cpu", None)
     settings: dict[str, Any] = {"num_steps": sizes.judge_steps, "batch_size": JUDGE_BATCH, "learning_rate": JUDGE_RATE}
     return lora_judge(base, tokenizer, full=True, **settings)
@@ -341,24 +332,29 @@ def oracle(
     return {"oracle": float(wins.mean()), "impossible": float(1 - possible.mean())}
 
 
-def log_probs(imitator: Imitator, rows: Dataset, resample: int, num_estimates: int, seed: int = 0) -> dict[str, Any]:
-    """Nats of the human's answers under the law that keeps one of K: estimates and about how far they are too low."""
-    asked, humans = rows["prompt"][:], rows["completion"][:]
+def log_prob(
+    imitator: Imitator, asked: list[str], texts: list[str], num_estimates: int = 1, seed: int = 0, **law: Any
+) -> dict[str, np.ndarray]:
+    """Nats of these answers under a law, and how far they are too low: estimates only where one of K is kept."""
+    resample = law.pop("resample", 1)
     if resample == 1:
-        return {"nats": imitator.log_prob(asked, humans).nats.numpy(), "bias": np.zeros(len(asked))}
+        return {"nats": imitator.log_prob(asked, texts, **law).nats.numpy(), "bias": np.zeros(len(asked))}
     found = imitator.residual(resample, max_new_tokens=world.MAX_TOKENS).log_prob(
-        asked, humans, seed=seed, num_estimates=num_estimates, batch_size=ANSWER_BATCH
+        asked, texts, seed=seed, num_estimates=num_estimates, batch_size=ANSWER_BATCH
     )
     return {"nats": found.nats.numpy(), "bias": found.log_bias.numpy()}
 
 
-def seconds_per_answer(imitator: Imitator, asked: Sequence[str], seed: int = 0, **law: Any) -> float:
-    """CPU seconds of one answer, in batches of 512."""
-    begun = time.process_time()
-    answers(imitator, asked, seed, **law)
-    return (time.process_time() - begun) / len(asked)
-
-
-def forget(folder: Path) -> None:
-    """Remove everything that was kept there."""
-    shutil.rmtree(folder, ignore_errors=True)
+def seconds_per_answer(laws: dict[str, tuple[Imitator, dict[str, Any]]], asked: Sequence[str]) -> dict[str, float]:
+    """CPU seconds of one answer under each law: one thread, batches of 512, the median of five interleaved rounds."""
+    threads, seconds = torch.get_num_threads(), {name: [] for name in laws}
+    torch.set_num_threads(1)
+    try:
+        for number in range(TIMINGS):
+            for name, (imitator, law) in laws.items():
+                begun = time.process_time()
+                answers(imitator, asked, number, **law)
+                seconds[name].append((time.process_time() - begun) / len(asked))
+    finally:
+        torch.set_num_threads(threads)
+    return {name: float(np.median(values)) for name, values in seconds.items()}
