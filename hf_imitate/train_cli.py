@@ -114,7 +114,7 @@ def _run(name: str, script_args: Any, training_args: Any, model_args: Any, mixtu
         peft_config=get_peft_config(model_args),
         **own,
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=_checkpoint(training_args.resume_from_checkpoint))
     trainer.save_model(training_args.output_dir)
     trainer.create_model_card(dataset_name=script_args.dataset_name)
     trainer.accelerator.print(f"Imitator saved to {training_args.output_dir}.")
@@ -122,6 +122,12 @@ def _run(name: str, script_args: Any, training_args: Any, model_args: Any, mixtu
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.accelerator.print(f"Imitator pushed to {trainer.hub_model_id}.")
     trainer.end()
+
+
+def _checkpoint(given: str | bool | None) -> str | bool | None:
+    """On the command line, the newest one is asked for by a word; transformers would take it for a path."""
+    words = {"true": True, "false": None}
+    return words.get(given.lower(), given) if isinstance(given, str) else given
 
 
 def _distinguisher(given: list[str] | str | None) -> list[str] | str | None:

@@ -72,6 +72,25 @@ def test_one_or_several_distinguishers_are_named_on_the_line_or_in_a_file(parser
 
 
 @pytest.mark.parametrize("name", train_cli.TRAINERS)
+def test_resuming_is_asked_for_by_a_word_or_a_path_and_forced_by_a_short_flag(name):
+    parser = train_cli.make_parser(name)
+    (_, args, _, _), _, from_line = parse(parser, "--resume_from_checkpoint", "true", "--force", "--output_dir", "x")
+    assert (train_cli._checkpoint(args.resume_from_checkpoint), args.force_resume, from_line) == (True, True, [])
+    (_, args, _, _), *_ = parse(parser, "--resume_from_checkpoint", "x/checkpoint-3", "--output_dir", "x")
+    assert (train_cli._checkpoint(args.resume_from_checkpoint), args.force_resume) == ("x/checkpoint-3", False)
+    assert [train_cli._checkpoint(given) for given in (None, "False", True)] == [None, None, True]
+
+
+def test_ctrl_c_on_the_command_line_is_status_130(monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_cli, "_run", interrupted)
+    monkeypatch.setattr(train_cli, "_needs_several_processes", lambda: False)
+    assert cli.main(["retrodictive", *NAMED, "--output_dir", "x"]) == 130
+
+
+@pytest.mark.parametrize("name", train_cli.TRAINERS)
 def test_every_field_of_the_config_is_a_flag(name):
     import dataclasses
 

@@ -11,15 +11,20 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from accelerate.utils import gather_object
+import torch
+from accelerate.utils import gather
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 
 from hf_imitate.trainers.atomic_checkpoints import clear_leftovers, flush, put_in_place, settle, unfinished_folder
 from hf_imitate.trainers.checkpoints import LAST_WRITTEN, checkpoints
+from hf_imitate.trainers.ranks import AgreedStop
 
 logger = logging.getLogger(__name__)
+
+# A disk that is full is a bare `RuntimeError` to it, with the place in its source.
+_WRITER_OF_TORCH = "inline_container"
 
 
 class AtomicSaving:
@@ -53,7 +58,7 @@ class AtomicSaving:
         """Where a run that ended early goes on, in a sentence."""
         found = next((path for path in checkpoints(self.args.output_dir) if self.lack_of(path) is None), None)
         if found is None:
-            return f"{self.args.output_dir} holds no complete checkpoint."
+            return "There is no complete checkpoint to go on from."
         return f"The newest complete checkpoint is {found}; `resume_from_checkpoint=True` goes on from it."
 
     def prepare_output_dir(self) -> None:
@@ -98,7 +103,7 @@ class AtomicSaving:
         except BaseException as error:
             with contextlib.suppress(OSError):
                 settle(unfinished)
-            if isinstance(error, OSError | RuntimeError | SafetensorError):
+            if isinstance(error, OSError | SafetensorError) or _WRITER_OF_TORCH in str(error):
                 raise OSError(self._could_not_save(run_folder, name, error)) from error
             raise
         self.accelerator.wait_for_everyone()
@@ -173,9 +178,12 @@ class StopOnSignal(TrainerCallback):
             self._leave(state)
 
     def _is_anybody_told(self, args: Any) -> bool:
-        return any(gather_object([self._is_told])) if args.world_size > 1 else self._is_told
+        if args.world_size == 1:
+            return self._is_told
+        told = torch.tensor([self._is_told], device=self.trainer.accelerator.device)
+        return bool(gather(told).any())
 
     def _leave(self, state: Any) -> None:
         if state.is_world_process_zero:
             logger.warning("Stopped by SIGTERM after step %d. %s", state.global_step, self.trainer.where_to_go_on())
-        raise SystemExit(128 + signal.SIGTERM)
+        raise AgreedStop(128 + signal.SIGTERM)

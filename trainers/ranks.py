@@ -31,6 +31,10 @@ class NotFinite(ProcessFailure, FloatingPointError):
     """The numbers of a process stopped being finite."""
 
 
+class AgreedStop(SystemExit):
+    """All processes stop after the same step, and none of them has failed."""
+
+
 def words_of(error: BaseException) -> str:
     """What may be told of an error to other processes: of ours all, for they quote no rows; of others the kind and the
     place."""
@@ -105,6 +109,8 @@ def stopping_together(train: Callable) -> Callable:
         watch = _Watch(trainer.accelerator.num_processes)
         try:
             return train(trainer, *args, **kwargs)
+        except AgreedStop:
+            raise
         except BaseException as error:
             is_told = isinstance(error, ProcessFailure)
             mine = str(error) if is_told else _told(error, trainer.accelerator, trainer.state.global_step)
@@ -122,10 +128,9 @@ def stopping_together(train: Callable) -> Callable:
 
 def _where_to_go_on(trainer: Any) -> str:
     try:
-        folder = trainer.checkpoint_to_resume()
+        return trainer.where_to_go_on()
     except Exception:  # whatever lies there, the processes have to stop
         return "There is no complete checkpoint to go on from."
-    return f"The newest complete checkpoint is {folder}; `resume_from_checkpoint=True` goes on from it."
 
 
 class _Watch:
