@@ -36,7 +36,7 @@ SPLITS: dict[str, dict[str, Any]] = {
     "lora": {"batch": 4, "accumulate": 1, "generations": 4},
     "full": {"batch": 4, "accumulate": 1, "generations": 4, "full": True},
     "a question on two processes": {"batch": 4, "accumulate": 1, "generations": 8},
-    "accumulated": {"batch": 2, "accumulate": 2, "generations": 4},
+    "a question on two processes, accumulated": {"batch": 2, "accumulate": 2, "generations": 8},
     "retrodictive": {"batch": 4, "accumulate": 1},
     "retrodictive, accumulated, full": {"batch": 2, "accumulate": 2, "full": True},
 }
