@@ -23,7 +23,7 @@ ENGINES: dict[str, EngineStatus] = {
     "multi_cpu": EngineStatus(
         "DDP over gloo, two processes on CPUs",
         "tested",
-        "`tests/test_two_processes.py`, `tests/test_latent_two_processes.py`, `benchmarks/worlds/ranks.py`",
+        "`tests/test_two_processes.py`, `tests/test_latent_two_processes.py`, `make acceptance ONLY=reliability`",
     ),
     "single_gpu": EngineStatus("one GPU", "parsed only", "`tests/test_gpu.py`, skipped without CUDA"),
     "multi_gpu": EngineStatus("DDP over NCCL", "parsed only", "`tests/test_gpu.py`, skipped with fewer than two GPUs"),

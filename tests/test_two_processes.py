@@ -10,7 +10,7 @@ import torch
 from launch import TESTS, in_two_processes
 from tiny_runs import AtEveryStep, Watched, distinguisher_weights, imitator_weights, make, rows, train
 
-from benchmarks.worlds import ranks as world
+from benchmarks.worlds.reliability import ranks as world
 from hf_imitate.trainers import adversarial_plan, ranks
 from hf_imitate.trainers.checkpoints import damage, newest_complete_checkpoint
 
