@@ -5,9 +5,9 @@
 #     bash examples/multi_gpu.sh Qwen/Qwen3-8B 4          # model, number of GPUs (default: all that nvidia-smi lists)
 #
 # Options of `accelerate launch` pass through: `--num_machines`, `--mixed_precision`, or a file of one's own by
-# `--config_file`. `fsdp2`, `zero2`, `zero3` and others are TRL's. Results do not depend on the number of processes:
-# every answer's randomness belongs to its question. Every process does the same collectives, and a killed run goes on
-# from its newest whole checkpoint with `--resume_from_checkpoint true`.
+# `--config_file`; docs/distributed.md says how far each engine was tried. With the same answers, several processes take
+# the steps of one; which answers are drawn depends on their number. Where one process fails, all stop, and a killed run
+# goes on from its newest whole checkpoint with `--resume_from_checkpoint true`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

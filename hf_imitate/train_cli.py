@@ -200,12 +200,33 @@ def _resolve_accelerate_config(arguments: list[str]) -> list[str]:
         raise ValueError(
             "`--accelerate_config` is not followed by a name or a path. Write `--accelerate_config fsdp2`."
         )
-    value, folder = arguments[index + 1], files("trl.accelerate_configs")
-    path = value if Path(value).is_file() else str(folder.joinpath(f"{value}.yaml"))
-    if not Path(path).is_file():
-        names = sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-        raise ValueError(f"`--accelerate_config` is {value!r}: no file, and none of {', '.join(names)}.")
-    return ["--config_file", path, *arguments[:index], *arguments[index + 2 :]]
+    value, rest = arguments[index + 1], [*arguments[:index], *arguments[index + 2 :]]
+    if Path(value).is_file():
+        return ["--config_file", value, *rest]
+    named = {
+        entry.name.removesuffix(".yaml"): str(entry)
+        for folder in (files("trl.accelerate_configs"), files("hf_imitate.trainers") / "accelerate_configs")
+        for entry in folder.iterdir()
+        if entry.name.endswith(".yaml")
+    }
+    if value not in named:
+        raise ValueError(f"`--accelerate_config` is {value!r}: no file, and none of {', '.join(sorted(named))}.")
+    is_counted = any(word.split("=", 1)[0] == "--num_processes" for word in rest)
+    return ["--config_file", named[value], *([] if is_counted else _num_processes(value)), *rest]
+
+
+def _num_processes(config: str) -> list[str]:
+    """As many processes as there are GPUs, where a configuration of ours or TRL's is named and no number is given."""
+    import torch
+
+    if config in ("cpu", "single_gpu"):
+        return []
+    if not torch.cuda.device_count():
+        raise ValueError(
+            f"`--accelerate_config {config}` starts a process on every GPU, and there is none. Use `cpu`, or say how "
+            "many by `--num_processes`."
+        )
+    return ["--num_processes", str(torch.cuda.device_count())]
 
 
 def _needs_several_processes() -> bool:
@@ -217,12 +238,17 @@ def _needs_several_processes() -> bool:
 
 
 def _launch(name: str, launch_arguments: list[str], script_arguments: list[str]) -> int:
+    import torch
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from accelerate.utils import patch_environment
 
+    # Without an accelerator, each of several processes would take itself for the only one.
+    environment = {} if torch.accelerator.is_available() else {"accelerate_use_cpu": "true"}
     # As a module: run as a file, this folder would come first on the path, and its `rows` or `demo` hide others.
     script = ["--module", "hf_imitate.cli", name, _LAUNCHED, *script_arguments]
     try:
-        launch_command(launch_command_parser().parse_args([*launch_arguments, *script]))
+        with patch_environment(**environment):
+            launch_command(launch_command_parser().parse_args([*launch_arguments, *script]))
     except subprocess.CalledProcessError as error:
         return error.returncode  # what went wrong was said by the process that failed
     return 0

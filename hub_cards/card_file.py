@@ -36,6 +36,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "model_name": _STRING,
     "objective": _STRING,
     **dict.fromkeys(("repo_id", "base_model", "started_from", "dataset_name", "answered_by", "license"), _OPTIONAL),
+    "engine": _OPTIONAL,
     **dict.fromkeys(("is_conversational", "thinks_first"), (bool,)),
 }
 _LISTS = ("tags", "check_names", "limits")

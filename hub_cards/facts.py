@@ -130,6 +130,8 @@ class CardFacts:
             The licence, if somebody chose one: an id of the Hub's, or the name of another.
         is_adapter (`bool`, *optional*, defaults to `False`):
             Whether the repository holds a PEFT adapter rather than full weights.
+        engine (`str`, *optional*):
+            What it was trained on, by its name in [`~hf_imitate.hub_cards.engines.ENGINES`].
         thinks_first (`bool`, *optional*, defaults to `False`):
             Whether a hidden thought comes before each answer: the quick start is then `Imitator`, since plain loading
             gives the weights but not the law.
@@ -169,6 +171,7 @@ class CardFacts:
     tags: tuple[str, ...] = ()
     license: str | None = None
     is_adapter: bool = False
+    engine: str | None = None
     thinks_first: bool = False
     has_distinguisher: bool = False
     check_names: tuple[str, ...] = ()

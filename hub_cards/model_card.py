@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined, Template
 
 from hf_imitate.hub_cards.audit_section import audit_section
+from hf_imitate.hub_cards.engines import describe_engine
 from hf_imitate.hub_cards.facts import CardFacts
 from hf_imitate.hub_cards.licenses import license_metadata
 from hf_imitate.hub_cards.markdown import (
@@ -54,6 +55,7 @@ def render_card(facts: CardFacts) -> ModelCard:
     audit = None if facts.audit is None else audit_section(facts.audit)
     samples = [(shortened(one.question, MOST_SAMPLE), shortened(one.answer, MOST_SAMPLE)) for one in facts.samples]
     known = {"settings": _shown_settings(facts.settings), "limits": _shown_limits(facts)}
+    known["engine"] = None if facts.engine is None else describe_engine(facts.engine)
     body = _template().render(facts=facts, audit=audit, samples=samples[:MOST_SAMPLES], **known).strip()
     return ModelCard(f"---\n{card_metadata(facts).to_yaml()}\n---\n\n{body}\n")
 

@@ -479,6 +479,13 @@ def test_only_an_explicit_false_makes_pushes_public(tmp_path):
         ({"top_entropy_quantile": 0.2}, r"`top_entropy_quantile` is 0.2"),
         ({"off_policy_mask_threshold": 0.5}, r"`off_policy_mask_threshold` is 0.5"),
         ({"generation_kwargs": '{"temperature": 0.5}'}, r"`temperature` is 0.5"),
+        ({"use_vllm": True, "vllm_importance_sampling_correction": False}, r"by its own numbers would count as the"),
+        (
+            {"use_vllm": True, "vllm_importance_sampling_mode": "token_truncate"},
+            r"one of \['sequence_mask'",
+        ),
+        ({"use_vllm": True, "vllm_structured_outputs_regex": "[a-z]+"}, r"from another law than the imitator's"),
+        ({"use_vllm": True, "temperature": 0.7}, r"`temperature` is 0.7; an imitator's law is that of temperature 1"),
         ({"remove_unused_columns": True}, r"`remove_unused_columns` is True"),
         (
             {"push_to_hub": True, "hub_private_repo": False, "hub_strategy": "all_checkpoints"},

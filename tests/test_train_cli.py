@@ -173,7 +173,7 @@ def test_the_example_config_names_only_settings_that_exist(tmp_path):
         ([*NAMED, "--checks", "module:function"], "`--checks`: no setting"),
         ([*NAMED, "--imitator_reward", "gale"], "`imitator_reward` is 'gale'"),
         ([*NAMED, "--imitator_warmup_steps", "soon"], "`imitator_warmup_steps` is 'soon'"),
-        ([*NAMED, "--accelerate_config", "warp"], "none of fsdp1, fsdp2"),
+        ([*NAMED, "--accelerate_config", "warp"], "none of cpu, fsdp1, fsdp2"),
         ([*NAMED, "--accelerate_config"], "`--accelerate_config` is not followed"),
     ],
 )

@@ -5,11 +5,12 @@ import os
 import time
 
 import pytest
+import sharded
 import torch
 from launch import TESTS, in_two_processes
 from tiny_runs import AtEveryStep, Watched, distinguisher_weights, imitator_weights, make, rows, train
 
-from benchmarks.worlds import ranks as world
+from benchmarks.worlds.reliability import ranks as world
 from hf_imitate.trainers import adversarial_plan, ranks
 from hf_imitate.trainers.checkpoints import damage, newest_complete_checkpoint
 
@@ -22,7 +23,7 @@ torch.set_num_threads(1)
 from test_two_processes import each_process
 each_process(Path({folder!r}), Path({model!r}))
 """
-EQUAL = ["full", "a question on two processes", "accumulated", "retrodictive, accumulated, full"]
+EQUAL = ["full", "a question on two processes, accumulated", "retrodictive, accumulated, full"]
 # Both warm-ups end by themselves, on readings that differ between the two: each has held-out rows of its own.
 AUTO = {"imitator_warmup_steps": "auto", "distinguisher_warmup_steps": "auto", "max_steps": 1}
 CLOCK = ("runtime", "per_second", "step_time")
@@ -100,6 +101,7 @@ def each_process(folder, model):
     adversarial_plan.READING_EVERY = 10
     (folder / "world" / "linger").mkdir(parents=True, exist_ok=True)
     world.each_run(str(folder / "world"), EQUAL)
+    sharded.each_process(folder, model)
     world.each_failure(str(folder / "world"))
     # The last: the first process is ended by its own thread, in the middle of a collective.
     rank = whole.accelerator.process_index
@@ -216,7 +218,13 @@ def test_where_one_process_fails_both_say_what_it_said_at_once(both, kind):
     }
     assert found["words"].startswith(f"Process 1 of 2 failed at step 4: {said[kind]}")
     number = world.FAILURES.index(kind)
-    assert f"The newest complete checkpoint is /{number}/run/checkpoint-4; `resume_from" in found["words"]
+    newest = (
+        # The weights of step 4 are those that broke.
+        f"The newest complete checkpoint from before this step is /{number}/run/checkpoint-2; go on from there."
+        if kind == "nan"
+        else f"The newest complete checkpoint is /{number}/run/checkpoint-4; `resume_from_checkpoint=True` goes on"
+    )
+    assert newest in found["words"]
     assert (found["same_words"], found["quotes_a_row"]) == (True, False)
     assert found["seconds_apart"] < 10
 
@@ -231,6 +239,18 @@ def test_a_process_that_waits_for_one_that_failed_and_lingers_is_ended(both):
     how, when = (folder / "ended1").read_text().split()
     assert (how, float(when) - failed > 9) == ("left", True)
     assert not (folder / "world" / "linger" / "failed0").exists()
+
+
+@pytest.mark.slow
+def test_likelihood_distinguisher_and_save_are_the_same_on_weights_in_shards(both):
+    _, folder = both
+    one, two = (json.loads((folder / f"sharded{rank}.json").read_text()) for rank in (0, 1))
+    assert (one["sharded"], one["replicated"]) == (True, True)
+    for found in (one, two):
+        assert abs(found["nats"]) < 1e-5
+        assert max(found["gradients"], found["saved"]) < 1e-6
+        assert found["blame"] == "the first weight that is not finite is `model.norm.weight`"
+    assert one["distinguisher"] == two["distinguisher"]
 
 
 @pytest.mark.slow

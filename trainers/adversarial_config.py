@@ -100,6 +100,9 @@ class AdversarialConfig(GRPOConfig):
         force_resume (`bool`, *optional*, defaults to `False`):
             Whether a resumed run may have other settings, rows or adapters than the checkpoint it goes on from; a
             warning then names them, and the last bits are no longer the same. `--force` on the command line.
+
+    With `use_vllm=True` an answer's policy term is weighed by its probability under the trained model over that under
+    vLLM, up to `vllm_importance_sampling_clip_max` (3); TRL logs the ratios. All answers are paid and learned from.
     """
 
     learning_rate: float = field(default=2e-5, metadata={"help": "Learning rate of the imitator in the game."})
@@ -277,7 +280,26 @@ class AdversarialConfig(GRPOConfig):
                     f"gradient nor its log-probabilities would be what they are called. Leave `{name}` at "
                     f"{neutral[name][0]} here, and change it where the finished imitator is sampled."
                 )
+        if self.use_vllm:
+            self._check_vllm()
         self._check_gradient()
+
+    def _check_vllm(self) -> None:
+        """vLLM's numbers are not quite the trained model's: an answer's weight has to make up for the whole of it."""
+        if self.vllm_structured_outputs_regex is not None:
+            raise ValueError(
+                "`vllm_structured_outputs_regex` is given, which draws answers from another law than the imitator's. "
+                "Leave it out; where answers have to be of a form, say so by a check or a reward."
+            )
+        modes = ("sequence_mask", "sequence_truncate")
+        mode = self.vllm_importance_sampling_mode if self.vllm_importance_sampling_correction else None
+        if mode not in modes:
+            raise ValueError(
+                f"`vllm_importance_sampling_correction` is {self.vllm_importance_sampling_correction} and "
+                f"`vllm_importance_sampling_mode` is {self.vllm_importance_sampling_mode!r}: answers that vLLM drew "
+                "by its own numbers would count as the imitator's. Leave the correction on, and weigh whole answers "
+                f"by one of {list(modes)}."
+            )
 
     def _check_gradient(self) -> None:
         plain = {

@@ -201,7 +201,7 @@ class AdversarialTrainer(FiniteSteps, AdversarialSaving, AdversarialPlan, GRPOTr
         self.renderer = settle_renderer(self, role)
         human_rows = HumanRows(self.train_dataset, self.renderer, args.heldout_fraction, args.seed)
         check_lengths(human_rows, named_sets(train_dataset, eval_dataset), self.renderer, self.model, args)
-        self.engine = Engine.of(self.accelerator, model, args)
+        self.engine = Engine.of(self.accelerator, start["model"], args)
         self.engine.check_frozen(args.freeze_imitator)
         self.distinguisher = build_distinguisher(
             *(distinguisher, self.model, self.renderer, args, self.checks, peft_config, distinguisher_peft_config),

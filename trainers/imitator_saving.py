@@ -31,6 +31,7 @@ from hf_imitate.hub_cards.facts import CardFacts, Paper, hub_id_or_none
 from hf_imitate.hub_cards.push import push_folder
 from hf_imitate.trainers.atomic_saving import AtomicSaving
 from hf_imitate.trainers.checkpoints import checkpoint_to_resume, not_whole
+from hf_imitate.trainers.engines import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -237,6 +238,7 @@ class ImitatorSaving(AtomicSaving):
             "num_labelled": facts["dataset"]["num_labelled"],
             "settings": facts["settings"],
             "versions": facts["versions"],
+            "engine": Engine(self.accelerator).name,
             "is_adapter": isinstance(self.model, PeftModel),
             "generation": {k: v for k, v in self.trained_law().to_diff_dict().items() if k != "transformers_version"},
         }

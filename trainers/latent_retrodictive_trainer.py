@@ -151,7 +151,7 @@ class LatentRetrodictiveTrainer(FiniteSteps, LatentSaving, SFTTrainer):
         ends = self.renderer.end_token_ids
         settle_padding(self._tokenizer, self.model, ends)
         without_dropout(self.model)
-        engine = Engine.of(self.accelerator, model, args)
+        engine = Engine.of(self.accelerator, start["model"], args)
         self.retrodictor = build_retrodictor(self.model, retrodictor_peft_config or peft_config, args, engine)
         if self.retrodictor is not None and self.retrodictor.adapter_name is None:
             self.retrodictor.model.to(self.accelerator.device)

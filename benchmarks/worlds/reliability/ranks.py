@@ -1,7 +1,6 @@
 """One run in two processes and in one: the same numbers; and what the others hear when one process fails.
 
-Each function starts its processes by `torch.distributed.run` over gloo (`accelerate launch --cpu` would start one),
-and returns what JSON can hold. `python -m benchmarks.worlds.ranks` prints them all.
+The processes are started by `torch.distributed.run` over gloo (`accelerate launch --cpu` would start one).
 """
 
 import contextlib
@@ -27,7 +26,7 @@ from transformers import TrainerCallback
 from benchmarks.worlds import digits
 from hf_imitate import AdversarialConfig, AdversarialTrainer, RetrodictiveConfig, RetrodictiveTrainer
 
-CHECKOUT = Path(__file__).resolve().parent.parent.parent
+CHECKOUT = Path(__file__).resolve().parent.parent.parent.parent
 NUM_STEPS = 20
 NUM_ROWS = 64
 LONGEST = 10
@@ -36,7 +35,7 @@ SPLITS: dict[str, dict[str, Any]] = {
     "lora": {"batch": 4, "accumulate": 1, "generations": 4},
     "full": {"batch": 4, "accumulate": 1, "generations": 4, "full": True},
     "a question on two processes": {"batch": 4, "accumulate": 1, "generations": 8},
-    "accumulated": {"batch": 2, "accumulate": 2, "generations": 4},
+    "a question on two processes, accumulated": {"batch": 2, "accumulate": 2, "generations": 8},
     "retrodictive": {"batch": 4, "accumulate": 1},
     "retrodictive, accumulated, full": {"batch": 2, "accumulate": 2, "full": True},
 }
@@ -44,7 +43,7 @@ SPLITS: dict[str, dict[str, Any]] = {
 PROGRAM = """
 import os, sys, torch
 torch.set_num_threads(1)
-from benchmarks.worlds import ranks
+from benchmarks.worlds.reliability import ranks
 getattr(ranks, {function!r})(**{arguments!r})
 torch.distributed.barrier()
 sys.stdout.flush(), sys.stderr.flush()
@@ -71,7 +70,7 @@ def launch(
 # --- two processes and one
 
 
-def human_rows() -> Dataset:
+def digit_rows() -> Dataset:
     """Digits and how somebody wrote them; every seventh row has no answer, others weigh twice."""
     rows = digits.human_rows(digits.questions(NUM_ROWS, seed=0), seed=0)
     completions = [None if i % 7 == 3 else text for i, text in enumerate(rows["completion"])]
@@ -154,7 +153,7 @@ def one_run(folder: str, split: str, num_processes: int, epsilon: float | None =
         trainer: Any = RetrodictiveTrainer(
             args=RetrodictiveConfig(max_steps=NUM_STEPS, **plain),
             # Rows that fill every batch: else Accelerate repeats the first ones on several processes.
-            train_dataset=human_rows().filter(lambda row: row["completion"] is not None).select(range(48)),
+            train_dataset=digit_rows().filter(lambda row: row["completion"] is not None).select(range(48)),
             **common,
         )
     else:
@@ -193,7 +192,7 @@ def _adversarial(
         **{"heldout_fraction": 0.2, "replay_ratio": 0.5, "retrodictive_budget": 1.0, "shuffle_dataset": False},
         **{"imitator_warmup_learning_rate": 1e-2, "truncated_answers": "drop", "reward_weights": [0.5], **plain},
     )
-    trainer = Recorded(args=args, train_dataset=human_rows(), checks=[is_short], reward_funcs=wants_commas, **common)
+    trainer = Recorded(args=args, train_dataset=digit_rows(), checks=[is_short], reward_funcs=wants_commas, **common)
     learner = trainer.game.learner
     if epsilon is None:
         learner.optimizer = torch.optim.SGD(learner.optimizer.param_groups, momentum=0.5)
@@ -309,7 +308,7 @@ def _failing(kind: str, folder: str) -> Any:
     trainer = Recorded(
         digits.new_model("small"),
         args,
-        human_rows(),
+        digit_rows(),
         processing_class=digits.tokenizer(),
         peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"),
         **given,
@@ -375,13 +374,60 @@ def failures() -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    """Print every cell."""
-    for split in SPLITS:
-        print(split, json.dumps(equality(split)), flush=True)
-    print("lora, AdamW", json.dumps(equality("lora", epsilon=1e-8)), flush=True)
-    print("failures", json.dumps(failures()), flush=True)
+# --- the cells of `benchmarks/reliability.py`
+
+MOST_DIFFERENT, MOST_SECONDS = 1e-5, 10.0
+ADAMW = 1e-8  # its own epsilon
+CELLS: list[dict[str, Any]] = [
+    *({"split": split, "epsilon": None} for split in SPLITS),
+    {"split": "lora", "epsilon": ADAMW},
+    {"failures": True},
+]
 
 
-if __name__ == "__main__":
-    main()
+def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
+    """One split of the equality, or all failures."""
+    return failures() if "failures" in cell else equality(**cell)
+
+
+def rows(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The table: what, what is claimed, what was measured, whether that holds."""
+    table = []
+    for one in results:
+        cell, found = one["cell"], one["result"]
+        if "failures" in cell:
+            table += [_failure_row(kind, seen) for kind, seen in found.items()]
+            continue
+        gaps = {name: gap for name, gap in found["largest_difference"].items() if name != "metrics"}
+        is_claimed = cell["epsilon"] is None
+        is_same = (
+            found["equal_hashes_on_both"] == found["steps"]
+            and found["equal_guards_on_both"]
+            and not found["missing_in_one"]
+            and found["processes"] == [2, 2, 1]
+        )
+        told = ", ".join(f"{name} {gap:.0e}" for name, gap in gaps.items())
+        table.append(
+            {
+                "what": f"{cell['split']}: two processes and one, {found['steps']} steps"
+                f"{'' if is_claimed else ', by AdamW'}",
+                "claim": f"{f'equal to {MOST_DIFFERENT:.0e}, ' if is_claimed else ''}one hash on both at every step",
+                "measured": f"largest difference: {told}; {found['equal_hashes_on_both']} equal hashes",
+                "passed": is_same and (not is_claimed or max(gaps.values()) <= MOST_DIFFERENT),
+            }
+        )
+    return table
+
+
+def _failure_row(kind: str, seen: dict[str, Any]) -> dict[str, Any]:
+    lingers = "exit_status" in seen
+    seconds = seen["seconds_to_the_end_of_all" if lingers else "seconds_apart"]
+    words = seen["words"] or "nothing"
+    is_told = (seen["exit_status"] != 0) if lingers else seen["same_words"] and not seen["quotes_a_row"]
+    names = f"at step {FAILS_AT}" in words and "complete checkpoint" in words and SECRET not in words
+    return {
+        "what": f"one process fails: {kind}",
+        "claim": f"all stop within {MOST_SECONDS:g} s, with its words, its step and the newest checkpoint",
+        "measured": f"{seconds:.1f} s{' to the end of all' if lingers else ' apart'}; {words[:60]}...",
+        "passed": bool(is_told and names and seconds <= MOST_SECONDS),
+    }
