@@ -55,8 +55,8 @@ def render_card(facts: CardFacts) -> ModelCard:
     audit = None if facts.audit is None else audit_section(facts.audit)
     samples = [(shortened(one.question, MOST_SAMPLE), shortened(one.answer, MOST_SAMPLE)) for one in facts.samples]
     known = {"settings": _shown_settings(facts.settings), "limits": _shown_limits(facts)}
-    known["engine"] = None if facts.engine is None else describe_engine(facts.engine)
-    body = _template().render(facts=facts, audit=audit, samples=samples[:MOST_SAMPLES], **known).strip()
+    engine = None if facts.engine is None else describe_engine(facts.engine)
+    body = _template().render(facts=facts, audit=audit, samples=samples[:MOST_SAMPLES], engine=engine, **known).strip()
     return ModelCard(f"---\n{card_metadata(facts).to_yaml()}\n---\n\n{body}\n")
 
 
