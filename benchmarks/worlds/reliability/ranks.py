@@ -23,13 +23,13 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import TrainerCallback
 
-from benchmarks.worlds import digits
+from benchmarks.worlds import notes
 from hf_imitate import AdversarialConfig, AdversarialTrainer, RetrodictiveConfig, RetrodictiveTrainer
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent.parent
 NUM_STEPS = 20
 NUM_ROWS = 64
-LONGEST = 10
+LONGEST = 14
 # By name: what is trained, how many answers a process has in a batch, batches in a step, answers to a question.
 SPLITS: dict[str, dict[str, Any]] = {
     "lora": {"batch": 4, "accumulate": 1, "generations": 4},
@@ -70,9 +70,9 @@ def launch(
 # --- two processes and one
 
 
-def digit_rows() -> Dataset:
-    """Digits and how somebody wrote them; every seventh row has no answer, others weigh twice."""
-    rows = digits.human_rows(digits.questions(NUM_ROWS, seed=0), seed=0)
+def note_rows() -> Dataset:
+    """Notes that somebody wrote; every seventh row has no answer, others weigh twice."""
+    rows = notes.human_rows(notes.questions(NUM_ROWS, seed=0), seed=0)
     completions = [None if i % 7 == 3 else text for i, text in enumerate(rows["completion"])]
     return Dataset.from_dict(
         {"prompt": rows["prompt"], "completion": completions, "weight": [1.0 + i % 2 for i in range(NUM_ROWS)]}
@@ -84,9 +84,9 @@ def is_short(completions: list, **columns: Any) -> list[bool | None]:
     return [None if text.startswith("(") else len(text) < 6 for text in completions]
 
 
-def wants_commas(completions: list, **columns: Any) -> list[float]:
+def wants_ones(completions: list, **columns: Any) -> list[float]:
     """A reward of the user's own."""
-    return [0.1 * text.count(",") for text in completions]
+    return [0.1 * text.count("1") for text in completions]
 
 
 class Recorded(AdversarialTrainer):
@@ -105,9 +105,9 @@ class Recorded(AdversarialTrainer):
 
 
 def recorded_answer(batch: int, place: int, end: int) -> list[int]:
-    """The answer at a place of a generation batch: digits and marks, some cut at the limit."""
+    """The answer at a place of a generation batch: any letters, some cut at the limit."""
     rng = np.random.default_rng([batch, place])
-    ids = rng.integers(2, len(digits.tokenizer()), size=int(rng.integers(1, LONGEST + 3))).tolist()
+    ids = rng.integers(2, len(notes.tokenizer()), size=int(rng.integers(1, LONGEST + 3))).tolist()
     return [*ids, end] if len(ids) < LONGEST else ids[:LONGEST]
 
 
@@ -146,14 +146,14 @@ def one_run(folder: str, split: str, num_processes: int, epsilon: float | None =
         plain["per_device_train_batch_size"] *= told["accumulate"]
         plain["gradient_accumulation_steps"] = 1
     torch.manual_seed(0)
-    model = digits.new_model("small")
+    model = notes.new_model("small")
     lora = None if told.get("full") else LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
-    common = {"model": model, "processing_class": digits.tokenizer(), "peft_config": lora}
+    common = {"model": model, "processing_class": notes.tokenizer(), "peft_config": lora}
     if "generations" not in told:
         trainer: Any = RetrodictiveTrainer(
             args=RetrodictiveConfig(max_steps=NUM_STEPS, **plain),
             # Rows that fill every batch: else Accelerate repeats the first ones on several processes.
-            train_dataset=digit_rows().filter(lambda row: row["completion"] is not None).select(range(48)),
+            train_dataset=note_rows().filter(lambda row: row["completion"] is not None).select(range(48)),
             **common,
         )
     else:
@@ -192,7 +192,7 @@ def _adversarial(
         **{"heldout_fraction": 0.2, "replay_ratio": 0.5, "retrodictive_budget": 1.0, "shuffle_dataset": False},
         **{"imitator_warmup_learning_rate": 1e-2, "truncated_answers": "drop", "reward_weights": [0.5], **plain},
     )
-    trainer = Recorded(args=args, train_dataset=digit_rows(), checks=[is_short], reward_funcs=wants_commas, **common)
+    trainer = Recorded(args=args, train_dataset=note_rows(), checks=[is_short], reward_funcs=wants_ones, **common)
     learner = trainer.game.learner
     if epsilon is None:
         learner.optimizer = torch.optim.SGD(learner.optimizer.param_groups, momentum=0.5)
@@ -306,10 +306,10 @@ def _failing(kind: str, folder: str) -> Any:
     )
     torch.manual_seed(0)
     trainer = Recorded(
-        digits.new_model("small"),
+        notes.new_model("small"),
         args,
-        digit_rows(),
-        processing_class=digits.tokenizer(),
+        note_rows(),
+        processing_class=notes.tokenizer(),
         peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"),
         **given,
     )
