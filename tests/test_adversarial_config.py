@@ -535,3 +535,13 @@ def test_a_dataset_of_other_columns_needs_no_setting(tmp_path, tiny_model_dir):
     run(tmp_path, tiny_model_dir, dataset, arguments={"reward_funcs": reads}, max_steps=1)
     assert all(level["a"][0] in range(32) for level in seen[0][0])
     assert not {"completion", "_hf_imitate_row"} & set(seen[0][1])
+
+
+@shows("force_resume")
+def test_a_run_goes_on_under_another_setting_only_where_that_is_forced(tmp_path, tiny_model_dir):
+    run(tmp_path, tiny_model_dir, max_steps=1, save_strategy="steps", save_steps=1)
+    with pytest.raises(ValueError, match="`learning_rate` was .* Give what was saved"):
+        make(tmp_path, tiny_model_dir, max_steps=2, learning_rate=2e-3).train(resume_from_checkpoint=True)
+    forced = make(tmp_path, tiny_model_dir, max_steps=2, learning_rate=2e-3, force_resume=True)
+    train(forced, resume_from_checkpoint=True)
+    assert forced.state.global_step == 2

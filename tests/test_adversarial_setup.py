@@ -329,7 +329,7 @@ def test_building_a_distinguisher_leaves_the_random_state_to_the_process(tmp_pat
     trainer.model.delete_adapter("distinguisher")
     torch.manual_seed(12345)
     before = torch.get_rng_state()
-    build_distinguisher(None, trainer.model, trainer.renderer, trainer.args, [], lora(), None)
+    build_distinguisher(None, trainer.model, trainer.renderer, trainer.args, [], lora(), None, trainer.engine)
     assert torch.equal(torch.get_rng_state(), before)
 
 

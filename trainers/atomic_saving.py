@@ -130,7 +130,7 @@ class AtomicSaving:
         if self.args.should_save:
             self.state.save_to_json(str(written / LAST_WRITTEN))
 
-    def _could_not_save(self, run_folder: Path, name: str, error: Exception) -> str:
+    def _could_not_save(self, run_folder: Path, name: str, error: BaseException) -> str:
         free = shutil.disk_usage(run_folder).free if run_folder.is_dir() else 0
         return (
             f"{name} could not be written to {run_folder} ({type(error).__name__}: {error}); {free / 2**20:.1f} MiB "

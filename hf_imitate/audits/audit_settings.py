@@ -49,7 +49,7 @@ def check_numbers(settings: Mapping[str, Any]) -> None:
     check_resampling(settings["resample"], None, {}, 0)
     for name, value in settings.items():
         least = 0 if name == "seed" else 1
-        if not (_is_number(value) and isinstance(value, Integral) and value >= least):
+        if not (_is_number(value) and isinstance(value, Integral) and int(value) >= least):
             raise ValueError(f"`{name}` is {value!r}; it must be a whole number, at least {least}.")
 
 
