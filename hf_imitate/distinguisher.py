@@ -11,6 +11,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
+from hf_imitate.batching import questions_together
 from hf_imitate.checks import Check, check_names, check_outcomes
 from hf_imitate.classifier import (
     adapter_config,
@@ -23,6 +24,7 @@ from hf_imitate.classifier import (
 from hf_imitate.distinguisher_files import write_distinguisher
 from hf_imitate.distinguisher_fit import FitReport, fit, mean_loss_and_accuracy
 from hf_imitate.rendering import Answer, Rendered, Renderer, canonical_text, collate, end_token_ids
+from hf_imitate.side_by_side import lay_side_by_side, reads_side_by_side, rows_side_by_side, sharing_pays
 
 __all__ = ["ADAPTER_NAME", "Distinguisher", "FitReport", "fit", "mean_loss_and_accuracy"]
 
@@ -249,14 +251,25 @@ class Distinguisher:
 
     def text_logits(self, rows: Sequence[Rendered]) -> Tensor:
         """Logit of each rendered text. [N], fp32. The gradient reaches whatever is trainable just now."""
-        batch = collate(rows, self.tokenizer.pad_token_id or 0, self.device)
         with self.autocast():
-            body = self._core().base_model
-            seen = body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        last = batch.attention_mask.sum(dim=1) - 1
-        pooled = seen.last_hidden_state[torch.arange(len(rows), device=last.device), last]
+            pooled = self._last_states(rows)
         with torch.autocast(pooled.device.type, enabled=False):
             return self.head(pooled.to(next(self.head.parameters()).dtype)).squeeze(1).float()
+
+    def _last_states(self, rows: Sequence[Rendered]) -> Tensor:
+        """The body's states at each text's last token; questions with several answers are read once. [N, H]."""
+        body, pad = self._core().base_model, self.tokenizer.pad_token_id or 0
+        before, after = [row.prompt_ids for row in rows], [row.answer_ids for row in rows]
+        if all(after) and sharing_pays(before, after) and reads_side_by_side(body):
+            chunk = rows_side_by_side(before, after, body.config.get_text_config().hidden_size, len(rows))
+            laid, order = lay_side_by_side(chunk, before, after, pad, self.device)
+            states = body(**laid.inputs(body), use_cache=False).last_hidden_state
+            pooled = states[laid.row, laid.start + laid.length - 1]
+            return pooled[torch.tensor(order, device=pooled.device).argsort()]
+        batch = collate(rows, pad, self.device)
+        seen = body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        last = batch.attention_mask.sum(dim=1) - 1
+        return seen.last_hidden_state[torch.arange(len(rows), device=last.device), last]
 
     @torch.no_grad()
     def score(
@@ -280,7 +293,7 @@ class Distinguisher:
         if not prompts:
             return torch.zeros(0, device=self.device)
         rows = self.encode(prompts, answers)
-        order = sorted(range(len(rows)), key=lambda i: self.size(rows[i]))
+        order = questions_together([str(prompt) for prompt in prompts], [self.size(row) for row in rows])
         logits = torch.empty(len(rows), device=self.device)
         with self.active():
             for start in range(0, len(rows), batch_size):

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_imitate.batching import similar_lengths, stretch_on
+from hf_imitate.batching import forward_cost, similar_lengths
 from hf_imitate.log_probs import answer_log_probs
 from hf_imitate.rendering import Answer, Rendered, collate
+from hf_imitate.sparing_head import SparingHead
 
 if TYPE_CHECKING:
     from hf_imitate.distinguisher import Distinguisher
@@ -71,7 +72,7 @@ class BodyLearner:
         learns = {id(parameter) for parameter in self.parameters}
         for parameter in self.language_model.parameters():
             parameter.requires_grad_(id(parameter) in learns)
-        self.learning_rate = learning_rate
+        self.learning_rate, self.head = learning_rate, SparingHead.of(self.language_model)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=0.0)
 
     def step(self, rows: Sequence[HumanAnswer], lr_scale: float = 1.0) -> Likelihood:
@@ -128,13 +129,15 @@ class BodyLearner:
 
     def _chunks(self, rendered: Sequence[Rendered]) -> list[list[int]]:
         lengths = [len(row.prompt_ids) + len(row.answer_ids) for row in rendered]
-        return similar_lengths(lengths, self.max_rows, stretch_on(self.distinguisher.device))
+        return similar_lengths(lengths, self.max_rows, forward_cost(self.distinguisher.device))
 
     def _log_prob(self, rendered: Sequence[Rendered], chunk: Sequence[int]) -> Tensor:
         """Log p of each answer of the chunk, nats. [len(chunk)]."""
         d = self.distinguisher
         batch = collate([rendered[i] for i in chunk], d.tokenizer.pad_token_id or 0, d.device)
         with d.autocast():
+            if self.head is not None:
+                return self.head.answer_log_probs(self.language_model, batch)
             seen = self.language_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
         return answer_log_probs(seen.logits, batch.input_ids, batch.answer_mask)
 

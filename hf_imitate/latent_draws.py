@@ -1,13 +1,11 @@
 """Thoughts, and answers after them, drawn and scored under one law, see [`~hf_imitate.thoughts.ThoughtLaw`]."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 from transformers import (
     GenerationConfig,
     GenerationMixin,
@@ -19,9 +17,9 @@ from transformers import (
 )
 
 from hf_imitate.sampling import GumbelSampler, generation_mode
+from hf_imitate.side_by_side import lay_side_by_side, rows_side_by_side, sharing_pays, split_before_last
+from hf_imitate.sparing_head import SparingHead
 from hf_imitate.thoughts import FREE, ThoughtLaw
-
-MAX_SCORES = 2**25  # of one piece of a head: 128 MiB in fp32
 
 
 class Continuation(NamedTuple):
@@ -125,11 +123,12 @@ def sequence_log_probs(
     pad_token_id: int,
     device: torch.device | str,
     temperature: float = 1.0,
-    head: "SparingHead | None" = None,
+    head: SparingHead | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of given thoughts (with their delimiters) and of the answers after them, nats. [N], [N].
 
-    Gradients flow. The rows lie as they lie while drawing: questions padded on the left, the rest on the right.
+    Gradients flow. Rows that begin alike share a forward of that beginning where the head says that they can; else
+    they lie as they lie while drawing: questions padded on the left, the rest on the right.
 
     Args:
         model: called like a causal LM; it may be wrapped.
@@ -141,24 +140,20 @@ def sequence_log_probs(
         head: of the same model, from [`SparingHead.of`]. Without one, the scores of all tokens after the questions are
             held at once: [N, T, V].
     """
-    before, after = (max(len(row[part]) for row in rows) for part in (0, 1))
-    ids = torch.full((len(rows), before + after), pad_token_id)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        start, stop = before - len(row.prompt_ids), before + len(row.ids)
-        ids[i, start:stop] = torch.tensor([*row.prompt_ids, *row.ids])
-        mask[i, start:stop] = 1
-    ids, mask = ids.to(device), mask.to(device)
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": False}
-    targets, is_token = ids[:, before:], mask[:, before:].bool()
+    targets, is_token = _padded([row.ids for row in rows], pad_token_id, device)
     steps = law.steps(targets)[:, :-1]
     if head is None:
+        inputs, after = _side_padded(rows, pad_token_id, device)
         scores = model(**inputs, logits_to_keep=after + 1).logits[:, -after - 1 : -1]
         log_probs = law.log_probs(scores / temperature, steps, targets)
     else:
-        states = head.last_states(model, inputs)[:, -after - 1 : -1][is_token]
-        own = head.log_probs(law, states, steps[is_token], targets[is_token], temperature)
+        states = _states(model, head, rows, pad_token_id, device)[is_token]
+        own_steps, own_targets = steps[is_token], targets[is_token]
+
+        def of_piece(scores: Tensor, steps: Tensor, ids: Tensor) -> Tensor:
+            return law.log_probs(scores / temperature, steps, ids)
+
+        own = head.map_scores(of_piece, states, own_steps, own_targets)
         log_probs = own.new_zeros(targets.shape).masked_scatter(is_token, own)
     is_thought = steps != FREE
     # `where`, not a product: what stands on padding may be -inf.
@@ -166,75 +161,40 @@ def sequence_log_probs(
     return thought, torch.where(is_token & ~is_thought, log_probs, 0.0).sum(dim=1)
 
 
-class SparingHead:
-    """A model's head, put on the scored tokens alone, a piece of them at a time: no scores [N, T, V] are ever held.
+def _states(model: Any, head: SparingHead, rows: Sequence[Continuation], pad: int, device: Any) -> Tensor:
+    """Last hidden states before each token after the questions; past a row's end they mean nothing. [N, T, H]."""
+    parts = [split_before_last(*row) for row in rows]
+    before, after = [part[0] for part in parts], [part[1] for part in parts]
+    if head.can_share and sharing_pays(before, after):
+        laid, order = lay_side_by_side(
+            rows_side_by_side(before, after, head.width, len(rows)), before, after, pad, device
+        )
+        states = laid.of_continuations(head.last_states(model, laid.inputs(head.causal_lm) | {"use_cache": False}))
+        return states[torch.tensor(order, device=states.device).argsort()]
+    inputs, longest = _side_padded(rows, pad, device)
+    return head.last_states(model, inputs)[:, -longest - 1 : -1]
 
-    With a vocabulary of 150 000, those of 64 sequences of 300 tokens would take 12 GB, and several times that with
-    their gradients.
 
-    Args:
-        body ([`~torch.nn.Module`]): gives the last hidden states.
-        head ([`~torch.nn.Module`]): makes scores of them.
-    """
+def _side_padded(rows: Sequence[Continuation], pad: int, device: Any) -> tuple[dict[str, Any], int]:
+    """Inputs with the questions padded on the left and the rest on the right, and the length of the rest."""
+    before, after = (max(len(row[part]) for row in rows) for part in (0, 1))
+    ids = torch.full((len(rows), before + after), pad)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        start, stop = before - len(row.prompt_ids), before + len(row.ids)
+        ids[i, start:stop] = torch.tensor([*row.prompt_ids, *row.ids])
+        mask[i, start:stop] = 1
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    return {name: value.to(device) for name, value in inputs.items()} | {"use_cache": False}, after
 
-    def __init__(self, body: nn.Module, head: nn.Module):
-        self.body, self.head = body, head
 
-    @classmethod
-    @torch.no_grad()
-    def of(cls, model: PreTrainedModel | PeftModel) -> "SparingHead | None":
-        """The head of a causal LM; `None` where its scores are more than the head's output (Gemma's are capped)."""
-        causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
-        made = cls(causal_lm.base_model, causal_lm.get_output_embeddings())
-        if made.head is None or made.body is causal_lm:
-            return None
-        one = torch.zeros(1, 1, dtype=torch.long, device=causal_lm.device)
-        with generation_mode(model), made._watched() as seen:
-            scores = model(input_ids=one, use_cache=False).logits
-            is_all = bool(seen) and torch.equal(made.head(seen[0]), scores)
-        return made if is_all else None
-
-    def last_states(self, model: Callable[..., Any], inputs: dict[str, Any]) -> Tensor:
-        """Last hidden states of one forward through `model`, which may wrap the head's own. [N, T, H]."""
-        with self._watched() as seen:
-            model(**inputs, logits_to_keep=1)
-        return seen[0]
-
-    def log_probs(self, law: ThoughtLaw, states: Tensor, steps: Tensor, ids: Tensor, temperature: float) -> Tensor:
-        """Log-probabilities of M tokens, nats. [M].
-
-        Args:
-            law: of the thoughts.
-            states: last hidden states before each token. [M, H].
-            steps: what may come there, from [`ThoughtLaw.steps`]. [M].
-            ids: the tokens. [M].
-            temperature: 1.0 is the law that was trained.
-        """
-
-        def of_piece(states: Tensor, steps: Tensor, ids: Tensor) -> Tensor:
-            return law.log_probs(self.head(states) / temperature, steps, ids)
-
-        size = max(1, MAX_SCORES // len(law.is_ordinary))
-        pieces = list(zip(states.split(size), steps.split(size), ids.split(size), strict=True))
-        if len(pieces) == 1 or not torch.is_grad_enabled():
-            return torch.cat([of_piece(*piece) for piece in pieces])
-        # The backward makes each piece's scores again.
-        kept = [checkpoint(of_piece, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
-        return torch.cat(kept)
-
-    @contextlib.contextmanager
-    def _watched(self) -> Iterator[list[Tensor]]:
-        seen: list[Tensor] = []
-
-        def note(module: nn.Module, inputs: Any, output: Any) -> None:
-            if getattr(output, "last_hidden_state", None) is not None:
-                seen.append(output.last_hidden_state)
-
-        handle = self.body.register_forward_hook(note)
-        try:
-            yield seen
-        finally:
-            handle.remove()
+def _padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[Tensor, Tensor]:
+    """Ids padded on the right, and where they are not padding. [N, T] each."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids.to(device), (torch.arange(longest) < lengths[:, None]).to(device)
 
 
 class _Mold(LogitsProcessor):

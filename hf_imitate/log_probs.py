@@ -25,9 +25,18 @@ def token_log_probs(logits: Tensor, input_ids: Tensor) -> Tensor:
         raise ValueError(
             f"Need `logits` [B, T, V] for `input_ids` [B, T]; got {tuple(logits.shape)} and {tuple(input_ids.shape)}."
         )
-    logits = logits[:, :-1].float()
-    chosen = logits.gather(2, input_ids[:, 1:, None]).squeeze(2)
-    return chosen - torch.logsumexp(logits, dim=2)
+    return chosen_log_probs(logits[:, :-1], input_ids[:, 1:])
+
+
+def chosen_log_probs(logits: Tensor, ids: Tensor) -> Tensor:
+    """Log-probability of given tokens, nats, in fp32 as above.
+
+    Args:
+        logits: scores of each token. [..., V].
+        ids: the tokens. [...].
+    """
+    logits = logits.float()
+    return logits.gather(-1, ids[..., None]).squeeze(-1) - torch.logsumexp(logits, dim=-1)
 
 
 def answer_log_probs(logits: Tensor, input_ids: Tensor, answer_mask: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_imitate.batching import similar_lengths, stretch_on
+from hf_imitate.batching import forward_cost, similar_lengths
 from hf_imitate.losses import DISTINGUISHER_LOSSES
 from hf_imitate.rendering import Answer
 
@@ -160,11 +160,13 @@ class Learner:
     def _chunks(self, pairs: Sequence[Pair]) -> list[list[int]]:
         """Indices of pairs of similar length, with at most `max_rows` answers in a chunk."""
         rows = [1 + len(pair.imitator) for pair in pairs]
-        # Characters are close enough to tokens for sorting.
+        # A question is read once for all its answers; four characters are close enough to a token.
         lengths = [
-            len(str(pair.prompt)) + max(len(answer.text) for answer in (pair.human, *pair.imitator)) for pair in pairs
+            (len(str(pair.prompt)) + sum(len(answer.text) for answer in (pair.human, *pair.imitator))) // 4
+            + len(pair.imitator)
+            for pair in pairs
         ]
-        return similar_lengths(lengths, self.max_rows, stretch_on(self.distinguisher.device), rows)
+        return similar_lengths(lengths, self.max_rows, forward_cost(self.distinguisher.device), rows)
 
     def _forward(self, pairs: Sequence[Pair]) -> list[Logits]:
         d = self.distinguisher

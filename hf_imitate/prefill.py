@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+
+from hf_imitate.side_by_side import reads_side_by_side
 
 # Tokens that must be spared before a batch's questions are read apart from its answers (measured, see `read_once`).
 MIN_SPARED = 512
@@ -49,9 +50,4 @@ def keeps_all_keys(causal_lm: Any) -> bool:
 
     A sliding window or a recurrent state is not one per token, and flash attention reads padding in its own way.
     """
-    parameters = inspect.signature(causal_lm.forward).parameters
-    takes_all = {"position_ids", "logits_to_keep"} <= set(parameters)
-    if not takes_all or getattr(causal_lm.config, "_attn_implementation", None) not in ("sdpa", "eager"):
-        return False
-    layers = DynamicCache(config=causal_lm.config).layers
-    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+    return "logits_to_keep" in inspect.signature(causal_lm.forward).parameters and reads_side_by_side(causal_lm)

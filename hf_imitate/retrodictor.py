@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_imitate.classifier import adapter_config, without_dropout
-from hf_imitate.latent_draws import Continuation, Drawn, SparingHead, draw_thoughts, sequence_log_probs
+from hf_imitate.latent_draws import Continuation, Drawn, draw_thoughts, sequence_log_probs
 from hf_imitate.rendering import Rendered
 from hf_imitate.sampling import GumbelSampler
+from hf_imitate.sparing_head import SparingHead
 from hf_imitate.thoughts import ThoughtLaw, hindsight_ids
 
 RETRODICTOR = "retrodictor"  # the adapter's name, and its folder's

@@ -1,7 +1,6 @@
 """Exact log-probabilities of many answers, fast: batches by length, shared questions read once, a sparing head."""
 
 import contextlib
-import copy
 import inspect
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,20 +10,20 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import PreTrainedModel
 
+from hf_imitate.batching import forward_cost
 from hf_imitate.rendering import Rendered, collate
+from hf_imitate.side_by_side import (
+    lay_side_by_side,
+    reads_side_by_side,
+    row_batches,
+    sharing_pays,
+    split_before_last,
+)
 
 # The logits of one forward: 1 GiB in fp32. Long answers and large vocabularies get smaller batches.
 MAX_LOGITS = 2**28
-# Keys and values of one forward over answers that share questions: 1 GiB in fp32.
-MAX_CACHED = 2**28
-# Share of a question's tokens that must be spared before it is read once for all its answers: below, the second
-# forward and the copies of its keys and values cost more than they save (measured).
-MIN_SPARED = 0.2
-# Questions that are read together are at least this share of the longest one: the rest is padding.
-_MIN_FILLED = 0.75
 
 
 class AnswerLogits(NamedTuple):
@@ -118,13 +117,11 @@ def answer_logits(
     needed = [len(row.prompt_ids) + len(row.answer_ids) for row in rows]
     check_positions(needed, num_positions(model), "questions with their answers")
     reader = _Reader(model, rows, pad_token_id, batch_size)
-    families = reader.families() if reader.has_standard_cache() else []
-    shared = {index for family in families for question in family for index in question}
-    alone = [index for index in range(len(rows)) if index not in shared]
+    together = reader.sharing() if reader.can_share else []
+    shared = set(together)
     with evaluation_mode(model):
-        for family in families:
-            yield from reader.read_sharing(family)
-        for chunk in reader.batches(alone, lambda row: len(row.prompt_ids) + len(row.answer_ids)):
+        yield from reader.read_sharing(together)
+        for chunk in reader.batches(index for index in range(len(rows)) if index not in shared):
             yield reader.read(chunk)
 
 
@@ -189,53 +186,31 @@ class _Reader:
         self.causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
         self.vocab_size = model.config.get_text_config().vocab_size
         is_prompt_tuned = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
-        takes_positions = "position_ids" in inspect.signature(self.causal_lm.forward).parameters
-        self.takes_positions = takes_positions and not is_prompt_tuned
+        self.takes_positions = "position_ids" in inspect.signature(self.causal_lm.forward).parameters
+        self.takes_positions = self.takes_positions and not is_prompt_tuned
+        self.can_share = not is_prompt_tuned and reads_side_by_side(self.causal_lm)
 
-    def has_standard_cache(self) -> bool:
-        """Whether every layer keeps all keys and values, so that the rows of a batch can share them.
-
-        A sliding window or a recurrent state does not outlive padding in the middle of a row; flash attention takes
-        such padding for the row's start; and where positions cannot be given, they are counted over the padding.
-        """
-        config = self.model.config
-        if not self.takes_positions or getattr(config, "_attn_implementation", None) not in ("sdpa", "eager"):
-            return False
-        layers = DynamicCache(config=config).layers
-        return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
-
-    def families(self) -> list[list[list[int]]]:
-        """Questions to read together; of each, the indices of the answers to it, where sharing pays."""
+    def sharing(self) -> list[int]:
+        """Answers whose question is read once for several of them: where enough of its tokens are spared."""
         by_question: dict[tuple[int, ...], list[int]] = {}
         for index, row in enumerate(self.rows):
             if row.answer_ids:
                 by_question.setdefault(tuple(row.prompt_ids), []).append(index)
-        questions = [indices for ids, indices in by_question.items() if self._sharing_pays(len(ids), indices)]
-        questions.sort(key=lambda indices: len(self.rows[indices[0]].prompt_ids), reverse=True)
-        families: list[list[list[int]]] = []
-        room, shortest = 0, 0.0
-        for indices in questions:
-            length = len(self.rows[indices[0]].prompt_ids)
-            if not families or len(indices) > room or length < shortest:
-                families.append([])
-                room, shortest = self.batch_size, length * _MIN_FILLED
-            families[-1].append(indices)
-            room -= len(indices)
-        return families
+        return [
+            index for ids, indices in by_question.items() if self._sharing_pays(len(ids), indices) for index in indices
+        ]
 
     def _sharing_pays(self, num_prompt_tokens: int, indices: list[int]) -> bool:
-        spared = (len(indices) - 1) * (num_prompt_tokens - 1)
-        return spared > MIN_SPARED * sum(num_prompt_tokens + len(self.rows[i].answer_ids) for i in indices)
+        return sharing_pays([[0] * num_prompt_tokens] * len(indices), [self.rows[i].answer_ids for i in indices])
 
-    def batches(self, indices: Iterable[int], length: Any, most: int | None = None) -> Iterator[list[int]]:
+    def batches(self, indices: Iterable[int]) -> Iterator[list[int]]:
         """Indices of rows of similar length; the longest come first, so that too little memory shows at once."""
+        lengths = {i: len(self.rows[i].prompt_ids) + len(self.rows[i].answer_ids) for i in indices}
         chunk: list[int] = []
         num_logits = 0
-        for index in sorted(indices, key=lambda i: length(self.rows[i]), reverse=True):
+        for index in sorted(lengths, key=lengths.__getitem__, reverse=True):
             more = len(self.rows[index].answer_ids) * self.vocab_size
-            if chunk and (
-                len(chunk) == min(self.batch_size, most or len(self.rows)) or num_logits + more > MAX_LOGITS
-            ):
+            if chunk and (len(chunk) == self.batch_size or num_logits + more > MAX_LOGITS):
                 yield chunk
                 chunk, num_logits = [], 0
             chunk.append(index)
@@ -252,41 +227,24 @@ class _Reader:
         logits, _ = self._forward(batch.input_ids, batch.attention_mask, positions, predicts_answer, use_cache=False)
         return self._answers(indices, logits)
 
-    def read_sharing(self, family: list[list[int]]) -> Iterator[AnswerLogits]:
-        """One forward over the questions but for their last tokens, and forwards over the answers to them.
+    def read_sharing(self, indices: list[int]) -> Iterator[AnswerLogits]:
+        """Forwards over rows that hold a question and several answers to it.
 
         A question's last token goes with each answer, whose first token it predicts.
         """
-        questions = [self.rows[indices[0]].prompt_ids[:-1] for indices in family]
-        ids, mask = self._padded(questions)
-        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        nothing = torch.zeros_like(mask, dtype=torch.bool)
-        _, cache = self._forward(ids, mask, positions, nothing, use_cache=True)
-        numbers_per_row = sum(layer.keys[0].numel() + layer.values[0].numel() for layer in cache.layers)
-        most = max(1, MAX_CACHED // numbers_per_row)
-        question_of = {index: number for number, indices in enumerate(family) for index in indices}
-        for chunk in self.batches(question_of, lambda row: len(row.answer_ids), most):
-            rows = [self.rows[i] for i in chunk]
-            ids, answer_mask = self._padded([[row.prompt_ids[-1], *row.answer_ids[:-1]] for row in rows])
-            numbers = torch.tensor([question_of[i] for i in chunk], device=ids.device)
-            lengths = mask.sum(dim=1)[numbers]
-            # Padding gets position 0: beyond the model's last position there may be no embedding.
-            positions = (lengths[:, None] + torch.arange(ids.shape[1], device=ids.device)) * answer_mask
+        parts = [split_before_last(self.rows[i].prompt_ids, self.rows[i].answer_ids) for i in indices]
+        before, after = [part[0] for part in parts], [part[1] for part in parts]
+        width = self.model.config.get_text_config().hidden_size
+        longest = max((len(ids) for ids in after), default=1)
+        most = min(self.batch_size, max(1, MAX_LOGITS // (longest * self.vocab_size)))
+        for batch in row_batches(before, after, width, most, forward_cost(self.model.device)):
+            laid, order = lay_side_by_side(batch, before, after, self.pad_token_id, self.model.device)
+            is_answer = laid.scatter(laid.is_token().long(), 0).bool()
+            inputs = laid.inputs(self.causal_lm)
             logits, _ = self._forward(
-                ids,
-                torch.cat([mask[numbers], answer_mask], dim=1),
-                positions,
-                answer_mask.bool(),
-                use_cache=True,
-                past_key_values=_rows_of_cache(cache, numbers),
+                *(inputs["input_ids"], inputs["attention_mask"], inputs["position_ids"], is_answer), use_cache=False
             )
-            yield self._answers(chunk, logits)
-
-    def _padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-        length = max(map(len, rows))
-        ids = torch.tensor([[*row, *[self.pad_token_id] * (length - len(row))] for row in rows])
-        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
-        return ids.to(self.model.device), mask.to(self.model.device)
+            yield self._answers([indices[i] for i in order], logits)
 
     def _forward(
         self, ids: Tensor, mask: Tensor, positions: Tensor, keep: Tensor, **options: Any
@@ -307,14 +265,6 @@ class _Reader:
         position = torch.tensor([number for ids in answers for number in range(len(ids))], dtype=torch.long)
         token = torch.tensor([token for ids in answers for token in ids], dtype=torch.long)
         return AnswerLogits(indices, row, position, token, logits)
-
-
-def _rows_of_cache(cache: DynamicCache, numbers: Tensor) -> DynamicCache:
-    """A cache that holds, for each row of the next forward, a copy of the keys and values of its question."""
-    selected = copy.copy(cache)
-    selected.layers = [copy.copy(layer) for layer in cache.layers]
-    selected.batch_select_indices(numbers)
-    return selected
 
 
 @contextlib.contextmanager

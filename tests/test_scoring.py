@@ -21,7 +21,7 @@ from transformers import (
     RecurrentGemmaForCausalLM,
 )
 
-from hf_imitate import scoring
+from hf_imitate import scoring, side_by_side
 from hf_imitate.log_probs import answer_log_probs
 from hf_imitate.rendering import Rendered, collate
 from hf_imitate.scoring import answer_logits, evaluation_mode, score_answers
@@ -271,7 +271,7 @@ def test_answers_that_share_a_question_score_as_if_alone(model, batch_size, temp
 
     torch.testing.assert_close(scores, one_by_one(model, rows, temperature), atol=1e-4, rtol=0)
     plain = sum(len(row.prompt_ids) + len(row.answer_ids) for row in rows)
-    assert sum(batch * length for batch, length in read) < 0.75 * plain
+    assert sum(batch * length for batch, length in read) < (0.75 * plain if batch_size > 2 else plain)
     assert max(batch for batch, _ in read) <= max(batch_size, 1)
 
 
@@ -279,44 +279,42 @@ def test_a_shared_question_is_read_once_however_many_answers_it_has(model):
     rows = answers_to_shared_questions(model.config.vocab_size, [(40, 5)], num_answers=9)[:-1]
     rows = [row for row in rows if len(row.prompt_ids) == 40 and row.answer_ids]
 
-    _, read = tokens_read(model, rows, batch_size=2)
+    _, read = tokens_read(model, rows)
 
-    assert read[0] == (1, 39)
-    assert len(read) == 1 + math.ceil(len(rows) / 2)
-    assert all(length <= 6 for _, length in read[1:])
+    # The question's last token goes with each answer, whose last token predicts none.
+    assert read == [(1, 39 + sum(len(row.answer_ids) for row in rows))]
 
 
-def test_no_more_questions_are_read_together_than_answers_fit_a_batch(model):
+def test_no_more_answers_are_read_together_than_fit_a_batch(model):
     rows = answers_to_shared_questions(model.config.vocab_size, [(40, 2)] * 7, num_answers=2)
 
     scores, read = tokens_read(model, rows, batch_size=4)
 
     torch.testing.assert_close(scores, one_by_one(model, rows), atol=1e-4, rtol=0)
-    assert sorted(batch for batch, length in read if length == 39) == [1, 2, 2, 2]
-    assert max(batch for batch, _ in read) <= 4
+    assert sum(batch for batch, length in read if length > 40) == 7
+    assert max(batch for batch, length in read if length > 40) == 2
 
 
-def test_a_large_cache_is_split_into_smaller_batches(model, monkeypatch):
+def test_answers_that_would_make_a_row_too_long_get_another(model, monkeypatch):
     rows = answers_to_shared_questions(model.config.vocab_size)
-    expected, read = tokens_read(model, rows)
+    expected, _ = tokens_read(model, rows)
 
-    # Keys and values of 19 tokens in 2 layers of 1 head of 16 numbers, for two answers at once.
-    monkeypatch.setattr(scoring, "MAX_CACHED", 2 * 2 * 2 * 16 * 19)
-    scores, read_in_parts = tokens_read(model, rows)
+    monkeypatch.setattr(side_by_side, "MAX_ROW", 44)
+    scores, read = tokens_read(model, rows)
 
     torch.testing.assert_close(scores, expected, atol=1e-4, rtol=0)
-    assert len(read_in_parts) > len(read) + 5
+    assert max(length for _, length in read) <= 44
 
 
 def test_shared_questions_stay_within_the_models_positions():
-    """The longer question has the shorter answers, so padding would pass the last of 32 positions."""
+    """A row is longer than the last of 32 positions, which no answer reaches."""
     model = tiny_gpt2()
     rows = answers_to_shared_questions(VOCAB, [(27, 3), (21, 11)])
 
     scores, read = tokens_read(model, rows)
 
     torch.testing.assert_close(scores, one_by_one(model, rows), atol=2e-5, rtol=0)
-    assert any(27 - 1 + length > 32 for batch, length in read if batch > 2)
+    assert any(length > 32 for _, length in read)
 
 
 def tiny_mamba():
@@ -364,12 +362,12 @@ def test_a_model_without_a_standard_cache_reads_whole_rows(make):
 def test_flash_attention_reads_whole_rows(model):
     rows = answers_to_shared_questions(model.config.vocab_size)
     reader = scoring._Reader(model, rows, PAD, 64)
-    assert reader.has_standard_cache()
+    assert reader.can_share
 
     other = copy.deepcopy(model)
     other.config._attn_implementation_internal = "flash_attention_2"
 
-    assert not scoring._Reader(other, rows, PAD, 64).has_standard_cache()
+    assert not scoring._Reader(other, rows, PAD, 64).can_share
 
 
 def test_a_short_question_is_read_with_each_answer(model):

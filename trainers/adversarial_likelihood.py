@@ -9,11 +9,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather
 from torch import Tensor, nn
 
-from hf_imitate.batching import similar_lengths, stretch_on
+from hf_imitate.batching import forward_cost, similar_lengths
 from hf_imitate.human_rows import HumanRow, HumanRows
-from hf_imitate.log_probs import answer_log_probs, nats_to_bits
+from hf_imitate.log_probs import nats_to_bits
 from hf_imitate.losses import retrodictive_loss, updated_multiplier
 from hf_imitate.rendering import Rendered, collate
+from hf_imitate.sparing_head import SparingHead
 
 BUDGET_ROWS = 4096
 BUDGET_DECAY = 0.95
@@ -27,6 +28,7 @@ class HumanLikelihood:
         pad_token_id (`int`): pads, never scored.
         batch_size (`int`): rows in one forward.
         coefficient (`float`, *optional*), budget (`float`, *optional*): as in [`AdversarialConfig`].
+        head ([`SparingHead`], *optional*): of the imitator; without one, TRL's fused head is asked.
         accelerator ([`~accelerate.Accelerator`]): knows the processes.
         record (`Callable`): takes a metric's name, sum and count.
     """
@@ -38,11 +40,12 @@ class HumanLikelihood:
         batch_size: int,
         coefficient: float | None,
         budget: float | None,
+        head: SparingHead | None,
         accelerator: Accelerator,
         record: Callable[[str, float, float], None],
     ):
         self.rows, self.pad_token_id, self.batch_size, self.budget = human_rows, pad_token_id, batch_size, budget
-        self.accelerator, self.record = accelerator, record
+        self.head, self.accelerator, self.record = head, accelerator, record
         self.multiplier = 1.0 if coefficient is None else coefficient
         weights = [human_rows.rows[i].weight for i in human_rows.train.tolist()]
         self.mean_weight = max(sum(weights) / len(weights), torch.finfo(torch.float32).tiny)
@@ -114,17 +117,20 @@ class HumanLikelihood:
         """Log p of each row's answer, nats, and the rows' weights. [B], [B]."""
         rendered = [row.rendered for row in rows]
         # Several processes wait for each other in every forward, so they must agree on how many there are.
-        stretch = stretch_on(self.accelerator.device) if self.accelerator.num_processes == 1 else math.inf
+        per_forward = forward_cost(self.accelerator.device) if self.accelerator.num_processes == 1 else math.inf
         lengths = [len(row.prompt_ids) + len(row.answer_ids) for row in rendered]
-        chunks = similar_lengths(lengths, len(rows), stretch)
+        chunks = similar_lengths(lengths, len(rows), per_forward)
         parts = [self._log_prob_of_chunk(model, [rendered[i] for i in chunk]) for chunk in chunks]
         log_prob = torch.cat(parts)[torch.tensor([i for chunk in chunks for i in chunk]).argsort()]
         return log_prob, torch.tensor([row.weight for row in rows], device=log_prob.device)
 
     def _log_prob_of_chunk(self, model: nn.Module, rendered: Sequence[Rendered]) -> Tensor:
         batch = collate(rendered, self.pad_token_id, self.accelerator.device)
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-        return answer_log_probs(logits, batch.input_ids, batch.answer_mask)
+        if self.head is not None:
+            return self.head.answer_log_probs(model, batch)
+        labels = batch.input_ids.masked_fill(batch.answer_mask == 0, -100)
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": labels}
+        return model(**inputs, fused_lm_head=True).log_probs.sum(dim=1)
 
     def state(self) -> dict[str, Any]:
         """JSON-ready state."""

@@ -17,6 +17,7 @@ from hf_imitate.checks import Check, check_names
 from hf_imitate.human_rows import ROW_COLUMN, HumanRows, render_humans, without_internal
 from hf_imitate.pairs import Learner
 from hf_imitate.plateau import Plateau
+from hf_imitate.sparing_head import SparingHead
 from hf_imitate.trainers.adversarial_body import BodyWarmup
 from hf_imitate.trainers.adversarial_config import AdversarialConfig
 from hf_imitate.trainers.adversarial_game import Game
@@ -59,6 +60,7 @@ from hf_imitate.trainers.phases import (
     Phases,
     warmup_caps,
 )
+from hf_imitate.trainers.questions_read_once import QuestionsReadOnce
 from hf_imitate.trainers.ranks import agreed
 from hf_imitate.trainers.starting_model import starting_model
 from hf_imitate.trainers.tally import Tally
@@ -229,6 +231,8 @@ class AdversarialTrainer(FiniteSteps, AdversarialSaving, AdversarialPlan, GRPOTr
             args.per_device_train_batch_size,
             args.retrodictive_coef,
             args.retrodictive_budget,
+            # TRL's fused head scores answers alone where Triton runs; elsewhere it scores questions and padding, too.
+            SparingHead.of(self.model) if self.accelerator.device.type == "cpu" else None,
             self.accelerator,
             self._record,
         )
@@ -343,7 +347,9 @@ class AdversarialTrainer(FiniteSteps, AdversarialSaving, AdversarialPlan, GRPOTr
         if self.phase in (DISTINGUISHER_LM_WARMUP, DISTINGUISHER_WARMUP):
             # The imitator's rate is 0, but every process runs a forward and a backward of the wrapped model.
             return 0.0 * model(input_ids=inputs["prompt_ids"][:1, -1:]).logits.float().sum()
-        loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        causal_lm = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        sharing = QuestionsReadOnce(model, causal_lm, self._tokenizer.pad_token_id)
+        loss = super().compute_loss(sharing, inputs, num_items_in_batch=num_items_in_batch)
         if self.likelihood.multiplier == 0:
             return loss
         nats = self.likelihood.loss(model, self.likelihood.draw(self._step))

@@ -1,0 +1,195 @@
+"""Several continuations of one text in one row, side by side: the text before them is read once for all of them."""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from hf_imitate.batching import similar_lengths
+
+# Share of a batch's tokens that must be spared: below, masks of their own cost more than they save (measured).
+MIN_SPARED = 0.15
+# A mask has the square of this many numbers. Longer rows are for texts that leave no room for two continuations.
+MAX_ROW = 2048
+
+
+class SideBySide(NamedTuple):
+    """One batch of rows, each a text and some continuations of it, none of which sees another.
+
+        row         text text text  a a a a  b b  c c c
+        positions     0    1    2   3 4 5 6  3 4  3 4 5
+
+    So a continuation's states are those it has after the text alone, and gradients reach the text from all of them.
+
+    Attributes:
+        input_ids, position_ids: [R, L].
+        sees: whether a token (third axis) sees another (fourth). [R, 1, L, L], bool.
+        row, start, length: where each continuation lies. [N] each.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    sees: Tensor
+    row: Tensor
+    start: Tensor
+    length: Tensor
+
+    def inputs(self, model: Any) -> dict[str, Tensor]:
+        """What a causal LM, or its body, is called with."""
+        mask = self.sees
+        if model.config._attn_implementation == "eager":  # it adds the mask to its scores
+            mask = torch.zeros(mask.shape, device=mask.device, dtype=model.dtype).masked_fill_(
+                ~mask, torch.finfo(model.dtype).min
+            )
+        return {"input_ids": self.input_ids, "attention_mask": mask, "position_ids": self.position_ids}
+
+    def is_token(self) -> Tensor:
+        """Where the continuations have tokens, each from its first on. [N, T]."""
+        steps = torch.arange(int(self.length.max()), device=self.length.device)
+        return steps < self.length[:, None]
+
+    def of_continuations(self, values: Tensor) -> Tensor:
+        """Values [R, L, ...] at the tokens of each continuation; past its end they mean nothing. [N, T, ...]."""
+        steps = torch.arange(int(self.length.max()), device=self.length.device)
+        column = (self.start[:, None] + steps).clamp(max=values.shape[1] - 1)
+        return values[self.row[:, None], column]
+
+    def scatter(self, values: Tensor, fill: int) -> Tensor:
+        """[R, L] that holds `values` [N, T] at the tokens of the continuations, and `fill` elsewhere."""
+        laid = torch.full_like(self.input_ids, fill)
+        number, step = self.is_token().nonzero(as_tuple=True)
+        laid[self.row[number], self.start[number] + step] = values[number, step]
+        return laid
+
+
+def rows_side_by_side(
+    before: Sequence[Sequence[int]], after: Sequence[Sequence[int]], width: int, most: int
+) -> list[list[int]]:
+    """Which continuations share a row: those of one text, as long as another row for them would cost more.
+
+    A layer costs about 24 w^2 operations a token and 4 w for each pair of tokens of a row, w its width.
+
+    Args:
+        before: the text before each continuation. N.
+        after: the continuations. N.
+        width: of the model's states.
+        most: continuations in a row.
+
+    Returns:
+        Indices, each in exactly one row.
+    """
+    by_text: dict[tuple[int, ...], list[int]] = {}
+    for i, ids in enumerate(before):
+        by_text.setdefault(tuple(ids), []).append(i)
+
+    def cost(length: int) -> float:
+        return length + length**2 / (6 * width)
+
+    rows: list[list[int]] = []
+    for text, indices in by_text.items():
+        length = 0
+        for i in sorted(indices, key=lambda i: len(after[i])):
+            more, alone = len(after[i]), len(text) + len(after[i])
+            fits = 0 < length <= max(MAX_ROW, 2 * len(text)) - more and len(rows[-1]) < most
+            if fits and cost(length + more) - cost(length) <= cost(alone):
+                rows[-1].append(i)
+                length += more
+            else:
+                rows.append([i])
+                length = alone
+    return rows
+
+
+def row_batches(
+    before: Sequence[Sequence[int]],
+    after: Sequence[Sequence[int]],
+    width: int,
+    most: int,
+    per_forward: float,
+    longest_first: bool = True,
+) -> Iterator[list[list[int]]]:
+    """Rows of similar length that go into one forward, with at most `most` continuations in it."""
+    rows = rows_side_by_side(before, after, width, most)
+    lengths = [len(before[row[0]]) + sum(len(after[i]) for i in row) for row in rows]
+    batches = similar_lengths(lengths, most, per_forward, [len(row) for row in rows])
+    for batch in reversed(batches) if longest_first else batches:
+        yield [rows[i] for i in batch]
+
+
+def lay_side_by_side(
+    rows: Sequence[Sequence[int]],
+    before: Sequence[Sequence[int]],
+    after: Sequence[Sequence[int]],
+    pad_token_id: int,
+    device: torch.device | str,
+) -> tuple[SideBySide, list[int]]:
+    """One batch of rows, and the order in which the continuations stand in it.
+
+    Args:
+        rows: indices of the continuations of each row, from [`rows_side_by_side`].
+        before, after: as there.
+        pad_token_id: fills; it is never read.
+        device: of the model.
+    """
+    order = [i for row in rows for i in row]
+    lengths = [len(before[row[0]]) + sum(len(after[i]) for i in row) for row in rows]
+    shape = (len(rows), max(lengths))
+    # Branch 0 is the text before, n the n-th continuation, -1 the padding, which sees itself: no token sees nothing.
+    ids, positions = torch.full(shape, pad_token_id), torch.zeros(shape, dtype=torch.long)
+    branch = torch.full(shape, -1)
+    starts: list[int] = []
+    for r, row in enumerate(rows):
+        text = before[row[0]]
+        flat, at, number = list(text), list(range(len(text))), [0] * len(text)
+        for n, i in enumerate(row, 1):
+            starts.append(len(flat))
+            flat += after[i]
+            at += range(len(text), len(text) + len(after[i]))
+            number += [n] * len(after[i])
+        ids[r, : len(flat)] = torch.tensor(flat, dtype=torch.long)
+        positions[r, : len(at)] = torch.tensor(at, dtype=torch.long)
+        branch[r, : len(number)] = torch.tensor(number)
+    branch = branch.to(device)
+    is_earlier = torch.ones(shape[1], shape[1], dtype=torch.bool, device=device).tril_()
+    sees = ((branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])) & is_earlier
+    row_of = torch.tensor([r for r, row in enumerate(rows) for _ in row], device=device)
+    start_of = torch.tensor(starts, device=device)
+    length_of = torch.tensor([len(after[i]) for i in order], device=device)
+    laid = SideBySide(ids.to(device), positions.to(device), sees[:, None], row_of, start_of, length_of)
+    return laid, order
+
+
+def sharing_pays(before: Sequence[Sequence[int]], after: Sequence[Sequence[int]]) -> bool:
+    """Whether so much of the texts before is equal that reading it once is worth masks of its own."""
+    whole = sum(map(len, before)) + sum(map(len, after))
+    spared = sum(map(len, before)) - sum(map(len, {tuple(ids) for ids in before}))
+    return spared > MIN_SPARED * whole
+
+
+def split_before_last(prompt_ids: Sequence[int], ids: Sequence[int]) -> tuple[list[int], list[int]]:
+    """A question and what is scored after it, as the text before and the continuation that predicts each scored token.
+
+    The question's last token, which predicts the first of them, goes with each continuation; the last scored token
+    predicts none.
+    """
+    return list(prompt_ids[:-1]), [prompt_ids[-1], *ids[:-1]]
+
+
+def reads_side_by_side(causal_lm: Any) -> bool:
+    """Whether a model can read rows like these: each layer sees all that its mask shows, wherever it stands.
+
+    A sliding window or a recurrent state goes by the place in the row; flash attention takes no such mask; and where
+    positions cannot be given, they are the places in the row.
+    """
+    config = causal_lm.config
+    parameters = inspect.signature(causal_lm.forward).parameters
+    if "position_ids" not in parameters or getattr(config, "_attn_implementation", None) not in ("sdpa", "eager"):
+        return False
+    if "local" in (getattr(config.get_text_config(), "attention_layers", None) or ()):
+        return False  # GPT-Neo's window does not show in its cache
+    layers = DynamicCache(config=config).layers
+    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
