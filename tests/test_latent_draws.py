@@ -149,7 +149,7 @@ def test_a_head_in_pieces_gives_the_same_values_and_gradients_and_holds_few_scor
     torch.testing.assert_close(in_pieces, values, atol=1e-6, rtol=1e-6)
     for one, other in zip(same_gradients, gradients, strict=True):
         scale = max(other.abs().max().item(), 1.0)
-        torch.testing.assert_close(one / scale, other / scale, atol=1e-6, rtol=0)
+        torch.testing.assert_close(one / scale, other / scale, atol=5e-6, rtol=0)
     assert whole >= len(rows) * 6
     assert most <= 40
     with torch.no_grad(), LargestScores(29) as seen:

@@ -23,6 +23,7 @@ OVERRIDES = {
     "_generate_and_score_completions": GRPOTrainer,
     "_calculate_rewards": GRPOTrainer,
     "_tokenize_prompts": GRPOTrainer,
+    "_generate": GRPOTrainer,
     "_get_train_sampler": GRPOTrainer,
     "compute_loss": GRPOTrainer,
     "log": GRPOTrainer,

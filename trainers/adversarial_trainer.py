@@ -15,6 +15,7 @@ from trl import GRPOTrainer
 
 from hf_imitate.checks import Check, check_names
 from hf_imitate.human_rows import ROW_COLUMN, HumanRows, render_humans, without_internal
+from hf_imitate.merged_adapter import merged_adapter
 from hf_imitate.pairs import Learner
 from hf_imitate.plateau import Plateau
 from hf_imitate.sparing_head import SparingHead
@@ -298,6 +299,10 @@ class AdversarialTrainer(FiniteSteps, AdversarialSaving, AdversarialPlan, GRPOTr
         if self.game.pause is not None:
             output["advantages"] = torch.zeros_like(output["advantages"])
         return output
+
+    def _generate(self, prompts: list):
+        with merged_adapter(self.model):
+            return super()._generate(prompts)
 
     def _tokenize_prompts(self, prompts: list):
         """The very ids that the human's answer stands after, in training and to the distinguisher."""
