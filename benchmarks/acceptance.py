@@ -6,7 +6,8 @@ An entry is a module `benchmarks/<name>.py` with
 * `run_cell(cell) -> dict`: does one piece and returns what was measured, as JSON;
 * `summarize(results) -> (rows, passed)`: `results` is a list of `{"cell": ..., "result": ...}`, in the order of
   `CELLS`; `rows` is the table, a list of dicts with the same keys; `passed` says whether the claim held;
-* optionally `plot(results, path)`: the picture, written beside the JSON.
+* optionally `plot(results, path)`: the picture, written beside the JSON;
+* optionally `page(report) -> str`: Markdown made of the JSON, written beside it.
 
 A finished cell is written at once to `results/partial/<name>/`, under a hash of the cell, of the entry's source and of
 the other sources in `benchmarks` that it imports: an edited entry or cell is measured again. Each cell also notes the
@@ -246,6 +247,8 @@ def run_entry(entry: ModuleType, results: Path = RESULTS, max_minutes: float = M
         entry.plot(
             [{"cell": record["cell"], "result": record["result"]} for record in records], file.with_suffix(".png")
         )
+    if hasattr(entry, "page"):
+        file.with_suffix(".md").write_text(entry.page(report), encoding="utf-8")
     print(format_table(rows))
     num_older = sum(record["package_source"] != report["package_source"] for record in records)
     if num_older:

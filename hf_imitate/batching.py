@@ -18,8 +18,20 @@ def forward_cost(device: torch.device | str) -> float:
     return CPU_FORWARD if torch.device(device).type == "cpu" else math.inf
 
 
+def tokens_at_once(device: torch.device | str) -> float:
+    """Most padded tokens in a forward without gradient: on a CPU, what its caches still hold.
+
+    At 192 wide, answers of 26 tokens were scored 1.3 times as fast 16 or 32 at once as 64 at once.
+    """
+    return 768 if torch.device(device).type == "cpu" else math.inf
+
+
 def similar_lengths(
-    lengths: Sequence[int], max_rows: int, per_forward: float = math.inf, rows: Sequence[int] | None = None
+    lengths: Sequence[int],
+    max_rows: int,
+    per_forward: float = math.inf,
+    rows: Sequence[int] | None = None,
+    max_tokens: float = math.inf,
 ) -> list[list[int]]:
     """Split items into batches of similar length, shortest first, at the least total cost.
 
@@ -30,6 +42,7 @@ def similar_lengths(
         max_rows: most rows in a batch; a single item may exceed it.
         per_forward: see [`forward_cost`]; where it is infinite, there are as few batches as `max_rows` allows.
         rows: rows that each item counts for; 1 each by default. N.
+        max_tokens: most padded tokens in a batch; a single item may exceed it.
 
     Returns:
         Indices of the items, each in exactly one batch.
@@ -42,9 +55,10 @@ def similar_lengths(
         least, begin, num_rows = math.inf, stop - 1, 0
         for start in range(stop - 1, -1, -1):
             num_rows += 1 if rows is None else rows[order[start]]
-            if num_rows > max_rows and start < stop - 1:
+            num_tokens = (stop - start) * lengths[order[stop - 1]]
+            if (num_rows > max_rows or num_tokens > max_tokens) and start < stop - 1:
                 break
-            cost = best[start] + (stop - start) * lengths[order[stop - 1]] + dear
+            cost = best[start] + num_tokens + dear
             if cost < least:
                 least, begin = cost, start
         best.append(least)

@@ -145,7 +145,9 @@ class Renderer:
         if not prompts:
             return []
         if isinstance(prompts[0], str):
-            return self.tokenizer(text=list(prompts))["input_ids"]
+            different = list(dict.fromkeys(prompts))
+            ids_of = dict(zip(different, self.tokenizer(text=different)["input_ids"], strict=True))
+            return [list(ids_of[prompt]) for prompt in prompts]
         ids: dict[int, list[int]] = {}
         conversations = [prompt for prompt in prompts if not isinstance(prompt, str)]
         roles = [self.role_after(prompt) for prompt in conversations]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_imitate.batching import forward_cost
+from hf_imitate.batching import tokens_at_once
 from hf_imitate.rendering import Rendered, collate
 from hf_imitate.side_by_side import (
     lay_side_by_side,
@@ -210,7 +210,8 @@ class _Reader:
         num_logits = 0
         for index in sorted(lengths, key=lengths.__getitem__, reverse=True):
             more = len(self.rows[index].answer_ids) * self.vocab_size
-            if chunk and (len(chunk) == self.batch_size or num_logits + more > MAX_LOGITS):
+            is_full = chunk and (len(chunk) + 1) * lengths[chunk[0]] > tokens_at_once(self.model.device)
+            if chunk and (is_full or len(chunk) == self.batch_size or num_logits + more > MAX_LOGITS):
                 yield chunk
                 chunk, num_logits = [], 0
             chunk.append(index)
@@ -237,7 +238,7 @@ class _Reader:
         width = self.model.config.get_text_config().hidden_size
         longest = max((len(ids) for ids in after), default=1)
         most = min(self.batch_size, max(1, MAX_LOGITS // (longest * self.vocab_size)))
-        for batch in row_batches(before, after, width, most, forward_cost(self.model.device)):
+        for batch in row_batches(before, after, width, most, self.model.device):
             laid, order = lay_side_by_side(batch, before, after, self.pad_token_id, self.model.device)
             is_answer = laid.scatter(laid.is_token().long(), 0).bool()
             inputs = laid.inputs(self.causal_lm)

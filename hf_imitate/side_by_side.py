@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from hf_imitate.batching import similar_lengths
+from hf_imitate.batching import forward_cost, similar_lengths, tokens_at_once
 
 # Share of a batch's tokens that must be spared: below, masks of their own cost more than they save (measured).
 MIN_SPARED = 0.15
@@ -109,14 +109,14 @@ def row_batches(
     after: Sequence[Sequence[int]],
     width: int,
     most: int,
-    per_forward: float,
-    longest_first: bool = True,
+    device: torch.device | str,
 ) -> Iterator[list[list[int]]]:
-    """Rows of similar length that go into one forward, with at most `most` continuations in it."""
+    """Rows of similar length that go into one forward without gradient, with at most `most` continuations in it; the
+    longest come first, so that too little memory shows at once."""
     rows = rows_side_by_side(before, after, width, most)
     lengths = [len(before[row[0]]) + sum(len(after[i]) for i in row) for row in rows]
-    batches = similar_lengths(lengths, most, per_forward, [len(row) for row in rows])
-    for batch in reversed(batches) if longest_first else batches:
+    counts, limit = [len(row) for row in rows], tokens_at_once(device)
+    for batch in reversed(similar_lengths(lengths, most, forward_cost(device), counts, limit)):
         yield [rows[i] for i in batch]
 
 
