@@ -6,10 +6,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Renewed when the requirements change.
 READY := $(VENV)/.ready
 
+BENCH := $(VENV)/bench
+
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types docs acceptance format clean
+.PHONY: help setup demo test bench lint types docs acceptance format clean
 
 help:  ## Show what can be made.
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 24
@@ -46,6 +48,17 @@ docs: $(READY)  ## Write the pages that come from the sources, and build the gui
 
 acceptance: $(READY)  ## Run the long form of a claim, ONLY=<entry>; goes on where it was stopped, at most 60 minutes.
 	$(BIN)/python -m benchmarks.acceptance $(ONLY)
+
+bench: $(BENCH)/.ready  ## Measure cost beside TRL and lm-evaluation-harness; goes on where it was stopped.
+	OMP_NUM_THREADS=1 $(BENCH)/bin/python -m benchmarks.acceptance speed
+	OMP_NUM_THREADS=1 $(BENCH)/bin/python -m benchmarks.acceptance speed_scaling
+
+# lm-evaluation-harness brings fifty packages, so it has an environment of its own, which sees those of .venv.
+$(BENCH)/.ready: $(READY)
+	$(BIN)/python -m venv --without-pip $(BENCH)
+	$(BIN)/python -c 'import pathlib, sysconfig; site = sysconfig.get_path("purelib"); next(pathlib.Path("$(BENCH)").glob("lib/*/site-packages")).joinpath("shared.pth").write_text("import site; site.addsitedir(%r)\n" % site)'
+	$(PIP) --python $(BENCH)/bin/python install --quiet -c constraints.txt lm_eval==0.4.13
+	touch $@
 
 format: $(READY)  ## Format the code and repair what ruff can.
 	$(BIN)/ruff check --fix-only .
