@@ -151,11 +151,12 @@ def test_a_head_in_pieces_gives_the_same_values_and_gradients_and_holds_few_scor
         scale = max(other.abs().max().item(), 1.0)
         torch.testing.assert_close(one / scale, other / scale, atol=5e-6, rtol=0)
     assert whole >= len(rows) * 6
-    assert most <= 40
+    # One row of scores for each row of the forward comes from the model's own head, asked for the last position.
+    assert most < len(rows) / 2
     with torch.no_grad(), LargestScores(29) as seen:
         without = sequence_log_probs(trained, rule, rows, 7, "cpu", 1.3, SparingHead.of(trained))
         torch.testing.assert_close(torch.stack(without), values)
-    assert seen.most <= 40
+    assert seen.most < len(rows) / 2
 
 
 def test_a_model_that_changes_its_scores_after_the_head_keeps_them_whole(model):
