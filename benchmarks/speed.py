@@ -397,5 +397,5 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         right.text(shares[name], y, f" {shares[name]:.0%}", va="center", fontsize=9)
     right.set_xlim(0, 1.2 * max(shares.values()))
     right.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    right.set_title("One adversarial step at the defaults, by part", fontsize=10)
+    right.set_title("One adversarial step, by part", fontsize=10)
     figure.savefig(path, dpi=120)
