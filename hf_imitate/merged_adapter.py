@@ -40,7 +40,9 @@ def _layers(model: Any) -> list[Any]:
         return []
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     weights = [getattr(layer.get_base_layer(), "weight", None) for layer in layers]
-    plain = [w for w in weights if type(w) is torch.nn.Parameter and w.dtype == torch.float32 and w.numel()]
+    plain = [
+        w for w in weights if type(w) is torch.nn.Parameter and w.dtype == torch.float32 and w.dim() > 1 and w.numel()
+    ]
     ids = {id(weight) for weight in plain}
     causal_lm = model.get_base_model()
     ends = (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings())
