@@ -15,7 +15,8 @@ def merged_adapter(model: Any) -> Iterator[None]:
 
     A token's forward is mostly overhead, and an adapter of its own triples the layers: drawing took 1.3 times as long
     (6 layers, one CPU core). The law is the same but for rounding, so weights that are not fp32 stay as they are: a
-    small adapter would vanish in them. So do other kinds of adapters, and weights that are shared or sharded.
+    small adapter would vanish in them. So do other kinds of adapters, weights that are shared or sharded, and weights
+    on an accelerator, whose memory may not hold them twice.
     """
     layers = _layers(model)
     if not layers:
@@ -40,11 +41,14 @@ def _layers(model: Any) -> list[Any]:
         return []
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     weights = [getattr(layer.get_base_layer(), "weight", None) for layer in layers]
-    plain = [
-        w for w in weights if type(w) is torch.nn.Parameter and w.dtype == torch.float32 and w.dim() > 1 and w.numel()
-    ]
+    plain = [weight for weight in weights if _is_plain(weight)]
     ids = {id(weight) for weight in plain}
     causal_lm = model.get_base_model()
     ends = (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings())
     is_shared = any(id(end.weight) in ids for end in ends if end is not None and hasattr(end, "weight"))
     return layers if len(plain) == len(layers) and len(ids) == len(plain) and not is_shared else []
+
+
+def _is_plain(weight: Any) -> bool:
+    is_whole = type(weight) is torch.nn.Parameter and weight.dim() > 1 and weight.numel() > 0
+    return is_whole and weight.dtype == torch.float32 and weight.device.type == "cpu"
