@@ -540,7 +540,7 @@ def test_a_dataset_of_other_columns_needs_no_setting(tmp_path, tiny_model_dir):
 @shows("force_resume")
 def test_a_run_goes_on_under_another_setting_only_where_that_is_forced(tmp_path, tiny_model_dir):
     run(tmp_path, tiny_model_dir, max_steps=1, save_strategy="steps", save_steps=1)
-    with pytest.raises(ValueError, match="`learning_rate` was .* Give what was saved"):
+    with pytest.raises(ValueError, match=r"`learning_rate` was .* Give what was saved"):
         make(tmp_path, tiny_model_dir, max_steps=2, learning_rate=2e-3).train(resume_from_checkpoint=True)
     forced = make(tmp_path, tiny_model_dir, max_steps=2, learning_rate=2e-3, force_resume=True)
     train(forced, resume_from_checkpoint=True)
