@@ -205,6 +205,8 @@ def test_the_readme_has_a_line_for_every_file():
         elif match := re.match(r"  ([\w./-]+)\s{2,}\S", line):
             listed.add(folder + match[1])
     files = [path for path in package_files().values() if path.name not in ("__init__.py", "py.typed")]
+    configurations = {f"{path.parent.relative_to(ROOT).as_posix()}/" for path in files if path.suffix == ".yaml"}
+    files = [path for path in files if path.suffix != ".yaml"]
     files += [
         *(ROOT / "docs").glob("*.md"),
         *(ROOT / "docs").glob("*.py"),
@@ -212,7 +214,7 @@ def test_the_readme_has_a_line_for_every_file():
         *(ROOT / "examples").glob("*.py"),
         *(ROOT / "examples").glob("*.sh"),
     ]
-    expected = {path.relative_to(ROOT).as_posix() for path in files}
+    expected = {path.relative_to(ROOT).as_posix() for path in files} | configurations
     assert listed == expected
 
 
