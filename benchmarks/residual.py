@@ -9,8 +9,7 @@ so that they share nothing with the distinguisher.
 Claimed, on every data seed: keeping one of eight at least halves the judges' advantage over 1/2 that is left to the
 imitator at the temperature that judges find best on rows of their own, *and* costs fewer bits per human answer than
 the imitator at temperature 1; and of a distinguisher that starts as the imitator, the trainer says that it finds no
-signal. Reported beside it: the oracle; more steps of likelihood; a round of distillation, which such a memory cannot
-hold; the cost; and what the larger model does on its own.
+signal. Reported beside it: the oracle, more steps of likelihood, the cost, and what the larger model does on its own.
 """
 
 import math
@@ -28,7 +27,7 @@ from hf_imitate.log_probs import nats_to_bits
 
 SEEDS = [61, 62, 63]  # chosen before their first run; the settings were found on seed 100. Others failed: docs/log.md
 JUDGES = [0, 1, 2]
-TEMPERATURES = (0.6, 0.7, 0.8, 0.9, 1.0)
+TEMPERATURES = (0.7, 0.8, 0.9, 1.0)
 ESTIMATES = {2: 16, 4: 8, 8: 8, 16: 4}  # K: estimates inside the log
 NUM_TIMED = 256
 ARMS = ("temperature 1", "best temperature", "one of 8", "larger model")
@@ -64,7 +63,6 @@ def training(seed: int, sizes: Sizes, folder: Path) -> dict[str, Any]:
         "large": made(arms.likelihood("large", seed, sizes, folder)),
         "distinguisher": made(arms.residual("large", seed, sizes, folder)),
         "continued": made(arms.continued(seed, sizes, folder)),
-        "distilled": made(arms.distilled("small", seed, 1, sizes, folder)),
     }
 
 
@@ -103,7 +101,6 @@ def laws(seed: int, sizes: Sizes, folder: Path) -> dict[str, tuple[Any, dict[str
         "temperature 1": (small, {}),
         "best temperature": (small, {"temperature": best_temperature(seed, sizes, folder)["best"]}),
         "more likelihood": (arms.load(arms.continued(seed, sizes, folder)), {}),
-        "distilled once": (arms.load(arms.distilled("small", seed, 1, sizes, folder)), {}),
         **{f"one of {k}": (small, {"resample": k}) for k in ESTIMATES},
         "larger model": (arms.load(arms.likelihood("large", seed, sizes, folder)), {}),
     }

@@ -30,7 +30,7 @@ CELLS = [
 def run_cell(cell: dict[str, Any], sizes: Sizes = FULL, folder: Path = PARTS) -> dict[str, Any]:
     """Train one round, let one judge see all imitators, or score them."""
     seed = cell["seed"]
-    rounds = [arms.distilled("few", seed, number, sizes, folder) for number in (0, *ROUNDS)]
+    rounds = [arms.distilled(seed, number, sizes, folder) for number in (0, *ROUNDS)]
     if cell["part"] == "training":
         teacher = arms.residual("large", seed, sizes, folder, rounds[cell["round"] - 1])
         return {"imitator": made(rounds[cell["round"]]), "distinguisher": made(teacher)}

@@ -34,7 +34,7 @@ PICKED_PER_QUESTION, DISTIL_RATE = 2, 5e-3
 DISTINGUISHER_RATE = 5e-4
 JUDGE_BATCH, JUDGE_RATE = 32, 7e-4
 ANSWER_BATCH = 512
-TIMINGS = 5
+TIMINGS = 3
 
 
 class Sizes(NamedTuple):
@@ -47,12 +47,12 @@ class Sizes(NamedTuple):
     test: int = 3000
     scored: int = 300  # of the test questions, those whose probabilities are estimated
     judge_rows: int = 2400
-    small_steps: int = 700
+    small_steps: int = 600
     few_steps: int = 300
-    large_steps: int = 400
-    distinguisher: tuple[int, int, float] = (200, 64, 0.1)  # steps, answers in each, share of rows held out
-    same_size: tuple[int, int, float] = (300, 128, 0.35)  # enough held-out questions to say that there is no signal
-    judge_lm_steps: int = 350
+    large_steps: int = 320
+    distinguisher: tuple[int, int, float] = (100, 64, 0.1)  # steps, answers in each, share of rows held out
+    same_size: tuple[int, int, float] = (250, 128, 0.3)  # enough held-out questions to say that there is no signal
+    judge_lm_steps: int = 300
     judge_steps: int = 150
     distil_steps: int = 400
 
@@ -248,20 +248,19 @@ class _Warnings(logging.Handler):
             listened.removeHandler(self)
 
 
-def distilled(size: str, seed: int, number: int, sizes: Sizes, folder: Path) -> Path:
-    """An imitator after so many rounds: likelihood of its human rows and of picked answers, from where it was.
+def distilled(seed: int, number: int, sizes: Sizes, folder: Path) -> Path:
+    """The imitator of few rows after so many rounds: likelihood of its rows and of picked answers, from where it was.
 
     Picked are answers to questions that no human answered in training.
     """
     if number == 0:
-        return likelihood(size, seed, sizes, folder)
-    before = distilled(size, seed, number - 1, sizes, folder)
+        return likelihood("few", seed, sizes, folder)
+    before = distilled(seed, number - 1, sizes, folder)
     teacher = residual("large", seed, sizes, folder, before)
     rows = data(seed, sizes)
 
     def build(path: Path) -> dict[str, Any]:
-        imitator, shown = load(teacher), rows.train.select(range(sizes.few)) if size == "few" else rows.train
-        asked = world.questions(sizes.unanswered, seed, reserved=True)
+        imitator, asked = load(teacher), world.questions(sizes.unanswered, seed, reserved=True)
         picked = [
             (question, answer.text)
             for draw in range(PICKED_PER_QUESTION)
@@ -269,10 +268,11 @@ def distilled(size: str, seed: int, number: int, sizes: Sizes, folder: Path) -> 
             if answer.text  # an empty answer is none to learn from
         ]
         prompts, texts = zip(*picked, strict=True)
-        both = concatenate_datasets([shown, Dataset.from_dict({"prompt": prompts, "completion": texts})])
+        own_rows = Dataset.from_dict({"prompt": prompts, "completion": texts})
+        both = concatenate_datasets([rows.train.select(range(sizes.few)), own_rows])
         return fit(trainable(before), both, path, sizes.distil_steps, DISTIL_RATE, seed, rows.dev)
 
-    return kept(f"distilled{number}-{size}-{seed}", folder, [sources(distilled, answers), teacher.name], build)
+    return kept(f"distilled{number}-{seed}", folder, [sources(distilled, answers), teacher.name], build)
 
 
 # --- what is measured
@@ -346,7 +346,7 @@ def log_prob(
 
 
 def seconds_per_answer(laws: dict[str, tuple[Imitator, dict[str, Any]]], asked: Sequence[str]) -> dict[str, float]:
-    """CPU seconds of one answer under each law: one thread, batches of 512, the median of five interleaved rounds."""
+    """CPU seconds of one answer under each law: one thread, batches of 512, the median of three interleaved rounds."""
     threads, seconds = torch.get_num_threads(), {name: [] for name in laws}
     torch.set_num_threads(1)
     try:
