@@ -45,7 +45,7 @@ class Sizes(NamedTuple):
     unanswered: int = 2400
     dev: int = 700
     test: int = 3000
-    scored: int = 300  # of the test questions, those whose probabilities are estimated
+    scored: int = 250  # of the test questions, those whose probabilities are estimated
     judge_rows: int = 2400
     small_steps: int = 600
     few_steps: int = 300
