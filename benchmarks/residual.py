@@ -25,7 +25,7 @@ from benchmarks.worlds.kept import kept, made
 from benchmarks.worlds.notes_arms import FULL, PARTS, Sizes
 from hf_imitate.log_probs import nats_to_bits
 
-SEEDS = [61, 62, 63]  # chosen before their first run; the settings were found on seed 100. Others failed: docs/log.md
+SEEDS = [81, 82, 83]  # chosen before their first run; the settings were found on seed 100. Others failed: docs/log.md
 JUDGES = [0, 1, 2]
 TEMPERATURES = (0.7, 0.8, 0.9, 1.0)
 ESTIMATES = {2: 16, 4: 8, 8: 8, 16: 4}  # K: estimates inside the log

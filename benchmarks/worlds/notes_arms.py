@@ -49,10 +49,10 @@ class Sizes(NamedTuple):
     judge_rows: int = 2400
     small_steps: int = 600
     few_steps: int = 300
-    large_steps: int = 320
-    distinguisher: tuple[int, int, float] = (100, 64, 0.1)  # steps, answers in each, share of rows held out
+    large_steps: int = 400
+    distinguisher: tuple[int, int, float] = (200, 64, 0.1)  # steps, answers in each, share of rows held out
     same_size: tuple[int, int, float] = (250, 128, 0.3)  # enough held-out questions to say that there is no signal
-    judge_lm_steps: int = 300
+    judge_lm_steps: int = 350
     judge_steps: int = 150
     distil_steps: int = 400
 
