@@ -214,8 +214,9 @@ def test_every_cell_of_the_distillation_runs_and_is_summed_up(folder):
     ("after", "gained", "holds"), [(0.59, 0.5, True), (0.61, 0.5, False), (0.59, 0.05, False), (0.45, 0.5, True)]
 )
 def test_the_claim_asks_for_half_of_the_advantage_and_for_bits(after, gained, holds):
-    accuracy = {"best temperature": [0.68, 0.72], "one of 8": [after, after]}
-    assert residual.claim(accuracy, {"bits_gained": gained, "standard_error": 0.05}) == holds
+    for temperatures in (("best temperature", "temperature 1"), ("temperature 1", "best temperature")):
+        accuracy = dict(zip(temperatures, ([0.68, 0.72], [0.8, 0.8]), strict=True)) | {"one of 8": [after, after]}
+        assert residual.claim(accuracy, {"bits_gained": gained, "standard_error": 0.05}) == holds
 
 
 def test_what_is_kept_of_a_gain_is_a_share_of_it():
