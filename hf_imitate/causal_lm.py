@@ -21,7 +21,7 @@ from transformers.utils import find_adapter_config_file
 from hf_imitate.repo_checks import UnsafeRepoError, check_model_config, check_model_size, check_repo
 
 ADAPTER_FILE = "adapter_model.safetensors"
-_CHECKPOINT = re.compile(r"checkpoint-(\d{1,18})")
+_CHECKPOINT, _OF_A_RUN = re.compile(r"checkpoint-(\d{1,18})"), "trainer_state.json"
 
 # Weights in other formats, training states and checkpoints are never read, so they are not downloaded either.
 _NOT_NEEDED = [
@@ -41,19 +41,19 @@ _BASE_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 _NOT_NEEDED_OF_BASE = [*_NOT_NEEDED, "*/*", "consolidated*"]
 
 
-def repo_folder(repo: str | Path, revision: str | None = None) -> Path:
+def repo_folder(repo: str | Path, revision: str | None = None, token: str | bool | None = None) -> Path:
     """The local folder of a repo, downloaded where `repo` is a Hub id. Its small files were read, and can be trusted.
 
     Raises:
         FileNotFoundError: `repo` is no local folder and cannot be had from the Hub.
         UnsafeRepoError: one of its files could harm whoever loads it, see [`~hf_imitate.repo_checks`].
     """
-    folder = Path(repo) if Path(repo).is_dir() else _downloaded(repo, revision)
+    folder = Path(repo) if Path(repo).is_dir() else _downloaded(repo, revision, token)
     check_repo(folder)
     return folder
 
 
-def base_folder(name: str, revision: str | None = None) -> tuple[Path, str | None]:
+def base_folder(name: str, revision: str | None = None, token: str | bool | None = None) -> tuple[Path, str | None]:
     """The local folder of an adapter's base, its small files read as those of a repo, and the revision to load it at.
 
     Returns:
@@ -65,7 +65,7 @@ def base_folder(name: str, revision: str | None = None) -> tuple[Path, str | Non
         UnsafeRepoError: one of its files could harm whoever loads it, or it is itself an adapter.
     """
     is_local = Path(name).is_dir()
-    folder = Path(name) if is_local else _downloaded(name, revision, _BASE_FILES, _NOT_NEEDED_OF_BASE)
+    folder = Path(name) if is_local else _downloaded(name, revision, token, _BASE_FILES, _NOT_NEEDED_OF_BASE)
     check_repo(folder)
     check_no_adapter(folder)
     if not any(folder.glob("*.safetensors")):
@@ -91,10 +91,18 @@ def check_no_adapter(folder: Path) -> None:
 
 
 def _downloaded(
-    repo: str | Path, revision: str | None, needed: list[str] | None = None, not_needed: list[str] = _NOT_NEEDED
+    repo: str | Path,
+    revision: str | None,
+    token: str | bool | None = None,
+    needed: list[str] | None = None,
+    not_needed: list[str] | None = _NOT_NEEDED,
 ) -> Path:
     try:
-        return Path(snapshot_download(str(repo), revision=revision, allow_patterns=needed, ignore_patterns=not_needed))
+        return Path(
+            snapshot_download(
+                str(repo), revision=revision, token=token, allow_patterns=needed, ignore_patterns=not_needed
+            )
+        )
     except (ValueError, FileNotFoundError) as error:  # no repo id at all; not in the cache and no network
         raise FileNotFoundError(
             f"`{repo}` is neither a local folder nor a Hub repo that can be reached from here. Check its spelling; "
@@ -117,18 +125,15 @@ def commit_of(repo: str) -> str | None:
     return snapshot.name if len(list(snapshot.parent.iterdir())) == 1 else None
 
 
-def hub_checkpoint(repo: str, revision: str | None = None) -> Path:
-    """The newest checkpoint of a run in a Hub repo, `last-checkpoint/` where there is one, downloaded.
+def hub_checkpoint(repo: str, revision: str | None = None, token: str | bool | None = None) -> Path:
+    """The newest checkpoint of a run in a Hub repo, `last-checkpoint/` where there is one; it alone is downloaded.
 
     Raises:
         FileNotFoundError: `repo` cannot be had from the Hub, or holds no checkpoint.
         UnsafeRepoError: one of its files could harm whoever loads it.
     """
-    patterns = ["last-checkpoint/*", "checkpoint-*/*"]
-    try:
-        root = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
-    except (ValueError, FileNotFoundError) as error:
-        raise FileNotFoundError(f"`{repo}` is no Hub repo that can be reached from here.") from error
+    # Each has this small file, so the names are known before anything large is asked for.
+    root = _downloaded(repo, revision, token, [f"last-checkpoint/{_OF_A_RUN}", f"checkpoint-*/{_OF_A_RUN}"], None)
     last = root / "last-checkpoint"
     steps = {int(match[1]): path for path in root.glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(path.name))}
     found = [last] if last.is_dir() else [steps[step] for step in sorted(steps)]
@@ -138,8 +143,10 @@ def hub_checkpoint(repo: str, revision: str | None = None) -> Path:
             "checkpoint_name='last-checkpoint')` puts one there. To train its imitator further from its weights "
             "alone, give its id as `model`."
         )
-    check_repo(found[-1])
-    return found[-1]
+    # The very commit whose names were read; a push may have come in between.
+    folder = _downloaded(repo, root.name, token, [f"{found[-1].name}/*"], None) / found[-1].name
+    check_repo(folder)
+    return folder
 
 
 def load_causal_lm(
@@ -198,7 +205,8 @@ def load_to_train(repo: str, revision: str | None = None, **loading: Any) -> tup
         revision (`str`, *optional*):
             Of the repo; its adapter says which one of the base.
         loading (`Any`):
-            How the base is loaded, as [`~transformers.AutoModelForCausalLM`] takes it; in float32 by default.
+            How the base is loaded, as [`~transformers.AutoModelForCausalLM`] takes it; in float32 by default. A
+            `token` is that of the repo, too.
 
     Returns:
         `tuple`: the adapter on its base, and the tokenizer, as of [`load_causal_lm`].
@@ -206,13 +214,15 @@ def load_to_train(repo: str, revision: str | None = None, **loading: Any) -> tup
     Raises:
         FileNotFoundError, ValueError, UnsafeRepoError: as [`load_causal_lm`].
     """
-    return _load(repo_folder(repo, revision), {"dtype": torch.float32, **loading}, is_trainable=True)
+    return _load(
+        repo_folder(repo, revision, loading.get("token")), {"dtype": torch.float32, **loading}, is_trainable=True
+    )
 
 
 def _load(folder: Path, loading: dict[str, Any], is_trainable: bool = False) -> tuple[Any, Any]:
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(folder)}
     if (folder / "adapter_config.json").is_file() and (folder / "adapter_model.safetensors").is_file():
-        base_source, base_files = _base_of_adapter(folder)
+        base_source, base_files = _base_of_adapter(folder, loading.get("token"))
         base = _load_complete(base_source, loading, base_files)
         if (folder / "generation_config.json").is_file():
             base.generation_config = GenerationConfig.from_pretrained(str(folder))
@@ -235,7 +245,7 @@ def _default_device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
-def _base_of_adapter(folder: Path) -> tuple[dict[str, Any], Path]:
+def _base_of_adapter(folder: Path, token: str | bool | None) -> tuple[dict[str, Any], Path]:
     config = PeftConfig.from_pretrained(str(folder))
     if config.task_type not in (None, "CAUSAL_LM"):
         raise ValueError(
@@ -247,8 +257,9 @@ def _base_of_adapter(folder: Path) -> tuple[dict[str, Any], Path]:
             f"`{folder}` holds an adapter whose `adapter_config.json` names no base. Load the base yourself and use "
             "`Imitator(PeftModel.from_pretrained(base, folder), tokenizer)`."
         )
-    files, revision = base_folder(config.base_model_name_or_path, config.revision or "main")
-    return {"pretrained_model_name_or_path": config.base_model_name_or_path, "revision": revision}, files
+    name = config.base_model_name_or_path
+    files, revision = base_folder(name, config.revision or "main", token)
+    return {"pretrained_model_name_or_path": name, "revision": revision, "token": token}, files
 
 
 def _with_adapter(base: PreTrainedModel, folder: Path, is_trainable: bool = False) -> PeftModel:

@@ -74,7 +74,7 @@ def load_body(name_or_path: str, **loading: Any) -> PreTrainedModel:
         FileNotFoundError: it is neither a local folder nor a Hub repo that can be reached.
         UnsafeRepoError: one of its files could harm whoever loads it, or it is an adapter.
     """
-    folder, revision = base_folder(name_or_path, loading.get("revision"))
+    folder, revision = base_folder(name_or_path, loading.get("revision"), loading.get("token"))
     loading = loading | {"revision": revision, "trust_remote_code": False}
     check_model_config(PreTrainedConfig.get_config_dict(str(folder))[0])
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)

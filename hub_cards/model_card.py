@@ -71,8 +71,7 @@ def card_metadata(facts: CardFacts) -> ModelCardData:
     Returns:
         [`~huggingface_hub.ModelCardData`].
     """
-    kind = facts.hub_dataset or "a data set that is not on the Hub"
-    results = None if facts.audit is None else evaluation_results(facts.audit, kind)
+    results = None if facts.audit is None else evaluation_results(facts.audit, facts.hub_dataset)
     license_id, license_name = license_metadata(facts.license)
     return ModelCardData(
         base_model=facts.hub_base_model,

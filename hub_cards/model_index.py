@@ -1,5 +1,6 @@
 """An audit's findings as the Hub's `model-index`, which machines read, and back."""
 
+import re
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
@@ -9,18 +10,19 @@ from hf_imitate.hub_cards.markdown import shortened, visible
 
 _TASK = "text-generation"
 _MOST_NAME = 300  # characters of a finding's name
+_NOT_KNOWN = "rows that are not known to be on the Hub"
 
 
-def evaluation_results(report: AuditReport, dataset_type: str) -> list[EvalResult]:
+def evaluation_results(report: AuditReport, hub_dataset: str | None) -> list[EvalResult]:
     """
     Write every finding that has a value as an entry of the card's metadata.
 
     Args:
         report ([`~hf_imitate.AuditReport`]):
             What an audit found.
-        dataset_type (`str`):
-            Id of the data set on the Hub, or a word for one that is not there. Which of its rows were asked, the name
-            says as the report does.
+        hub_dataset (`str`, *optional*):
+            Id of the data set of the training on the Hub. Rows of another data set are not said to be of this one;
+            which rows were asked, the name says as the report does.
 
     Returns:
         `list[EvalResult]`: value and name as the Hub knows them; interval, unit, confidence, n and whether it is
@@ -29,7 +31,7 @@ def evaluation_results(report: AuditReport, dataset_type: str) -> list[EvalResul
     shared: dict[str, Any] = {
         "task_type": _TASK,
         "task_name": "imitation of human answers",
-        "dataset_type": dataset_type,
+        "dataset_type": hub_dataset if hub_dataset is not None and _is_of(report, hub_dataset) else _NOT_KNOWN,
         "dataset_name": _shown(report.dataset),
         "dataset_args": {
             "num_questions": report.num_questions,
@@ -53,6 +55,14 @@ def evaluation_results(report: AuditReport, dataset_type: str) -> list[EvalResul
             )
         )
     return results
+
+
+def _is_of(report: AuditReport, hub_dataset: str) -> bool:
+    """Whether the rows came from the data set of this id, which `datasets` calls by its name's last part."""
+    names = (report.dataset.partition(",")[0], hub_dataset.rpartition("/")[2])
+    # ... in lower case, with marks of its own.
+    audited, trained = (re.sub(r"[\W_]", "", name).lower() for name in names)
+    return audited == trained
 
 
 def _shown(name: str) -> str:

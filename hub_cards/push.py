@@ -21,28 +21,28 @@ _STATES = (
     "rng_state*",
     "trainer_state.json",
     "adversarial_state*",
-    "global_step*",
+    *("global_step*", "latest"),  # DeepSpeed's, and which of them is meant
+    "pytorch_model_fsdp*",
+    "scaler.pt",
 )
 _IGNORED_ANYWHERE = (
     ".git/*",
     ".cache/*",
     "_*",
     "checkpoint-*",
-    "training_args.bin",  # a pickle: loading it runs whatever code it holds
     "completions/*",  # sampled answers beside their questions
     "cache/*",  # an audit's: sampled answers
     *_STATES,
     "ref/*",
     "runs/*",
     "logs/*",
+    "zero_to_fp32.py",  # DeepSpeed's: code has no place in a repository that runs none
 )
 
 IGNORED_FILES = (
     *_IGNORED_ANYWHERE,
     *(f"*/{pattern}" for pattern in _IGNORED_ANYWHERE),
-    "*.pt",
-    "*.pth",
-    "*.pkl",
+    *("*.bin", "*.pt", "*.pth", "*.pkl"),  # pickles: loading one runs whatever code it holds
     "*.parquet",  # an audit's scores, one row per question: never public unless somebody asks for it
     "*.npz",  # the same, of a part of it
 )
@@ -55,6 +55,9 @@ _MADE_BY_AUDITS = ("audit.json", "plan.json")
 
 RUN_FILES = (*_STATES, "_latent_state*", "_retrodictive_state*")
 """What a checkpoint holds beyond the imitator, to go on from; pushed only beside it, to a private repository."""
+
+MARKER = "_complete.json"
+"""A checkpoint's list of its files; what is pushed of it gets one of what is pushed."""
 
 REPLACED_FILES = (
     *("adapter_config.json", "adapter_model.safetensors", "config.json", "model.safetensors"),
@@ -256,28 +259,35 @@ def _commit(
 ) -> CommitInfo:
     """One commit on top of the newest one, or none where nothing changed."""
     # Not `upload_folder`: where Xet is there, huggingface_hub 2 makes several commits of it.
-    added = {name: folder / name for name in files}
+    added: dict[str, Path | bytes] = {name: folder / name for name in files}
     replaced = list(REPLACED_FILES)
     if checkpoint_name is not None:
-        added |= {f"{checkpoint_name}/{name}": folder / name for name in _checkpoint_files(folder, files)}
+        added |= {f"{checkpoint_name}/{name}": file for name, file in _checkpoint_files(folder, files).items()}
         replaced.append(f"{checkpoint_name}/*")
     info = api.model_info(repo_id, revision=revision)
     there = [sibling.rfilename for sibling in info.siblings or []]
     gone = [name for name in there if name not in added and _matches(name, replaced)]
     operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
         *(CommitOperationDelete(path_in_repo=name, is_folder=False) for name in gone),
-        *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in sorted(added.items())),
+        *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in sorted(added.items())),
     ]
     return api.create_commit(
         repo_id, operations, commit_message=commit_message, revision=revision, parent_commit=info.sha
     )
 
 
-def _checkpoint_files(folder: Path, files: Sequence[str]) -> list[str]:
+def _checkpoint_files(folder: Path, files: Sequence[str]) -> dict[str, Path | bytes]:
     states = [name for name in _files(folder) if _matches(name, RUN_FILES)]
-    for name in states:
+    found: dict[str, Path | bytes] = {}
+    for name in {*files, *states}:
         _check_no_link(folder, name)
-    return sorted({*files, *states})
+        found[name] = folder / name
+    if (folder / MARKER).is_file():
+        # Else whoever takes it up would look in vain for what stays behind.
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        marker["files"] = {name: entry for name, entry in marker["files"].items() if name in found}
+        found[MARKER] = json.dumps(marker).encode()
+    return found
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -7,6 +7,7 @@ loads, since the client reads the Hub's address when it is imported.
 import contextlib
 import io
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -16,7 +17,7 @@ import exact_runs
 import latent_worlds
 import tiny_runs
 import torch
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, constants
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
@@ -24,6 +25,8 @@ from transformers.training_args import HubStrategy
 from trl import GRPOConfig, GRPOTrainer
 
 from hf_imitate import Distinguisher, Imitator, audit
+from hf_imitate.causal_lm import hub_checkpoint, load_to_train
+from hf_imitate.hub_cards.push import push_folder
 from hf_imitate.rendering import Answer
 
 TRAINERS = ("adversarial", "ensemble", "retrodictive", "latent")
@@ -207,6 +210,7 @@ def go_on(folder: str) -> dict[str, Any]:
             latent_worlds.train(run, resume_from_checkpoint=name_of(trainer, False))
         except FileNotFoundError as error:
             found[f"{trainer} not resumed"] = str(error)
+    found["checkpoints"] = checkpoints(Path(folder), run)
     rows = tiny_runs.rows(40)
     report = audit("me/adversarial-adapter", rows, judges=["surface"], output_dir=None, progress=False)
     found["audit"] = [report.model, report["bits_per_answer"].value]
@@ -236,4 +240,44 @@ def go_on(folder: str) -> dict[str, Any]:
             "gap": (after - logits(second.model, "adversarial")).abs().max().item(),
             "moved": (after - before).abs().max().item(),
         }
+    found["with a token of its own"] = with_a_token_of_its_own("me/latent-adapter", "me/words")
     return found
+
+
+def checkpoints(folder: Path, run: Any) -> dict[str, Any]:
+    """Of the last trainer's: what its marker lists, what is said of a flipped bit, what is downloaded of two."""
+    stored = hub_checkpoint("me/latent-killed")
+    damaged = shutil.copytree(stored, folder / "damaged")
+    listed = json.loads((damaged / "_complete.json").read_text())["files"]
+    for name in ("checkpoint-9", "checkpoint-10"):
+        push_folder(damaged, "me/both", checkpoint_name=name)
+    content = bytearray((damaged / "optimizer.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (damaged / "optimizer.pt").write_bytes(content)
+    try:
+        run.check_checkpoint(str(damaged))
+        said = ""
+    except ValueError as error:
+        said = str(error)
+    newest = hub_checkpoint("me/both")
+    return {
+        "lacking": [name for name in listed if not (stored / name).is_file()],
+        "unlisted": [name for name in os.listdir(stored) if (stored / name).is_file() and name not in listed],
+        "flipped": said,
+        "newest": newest.name,
+        "older": os.listdir(newest.parent / "checkpoint-9"),
+    }
+
+
+def with_a_token_of_its_own(repo: str, base: str) -> list[str]:
+    """Who is not signed in loads a private adapter and its private base by the token that is given, not without."""
+    for name in (repo, base):
+        shutil.rmtree(Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}", ignore_errors=True)
+    token, said = os.environ.pop("HF_TOKEN"), []
+    for given in ({}, {"token": token}):
+        try:
+            said.append(type(load_to_train(repo, **given)[0]).__name__)
+        except Exception as error:
+            said.append(type(error).__name__)
+    os.environ["HF_TOKEN"] = token
+    return said

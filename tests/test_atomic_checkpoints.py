@@ -66,7 +66,9 @@ def test_a_file_that_is_missing_cut_off_altered_or_longer_is_named(checkpoint, n
     assert marked_damage(checkpoint) is None
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 1}', '{"version": 1, "files": {"a": 3}}', "\x00"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"version": 1}', '{"version": 1, "files": {"a": 3}}', "\x00", "[" * 10**5]
+)
 def test_a_marker_that_is_not_one_says_so(checkpoint, text):
     (checkpoint / MARKER).write_text(text)
     assert marked_damage(checkpoint) == f"{MARKER} is cut off"

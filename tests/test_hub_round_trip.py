@@ -115,6 +115,19 @@ def test_a_run_that_was_killed_is_resumed_from_the_hub_to_the_last_bit(trips, tr
     assert "last-checkpoint/optimizer.pt" in trips["notes"][f"{trainer}-killed"]
 
 
+def test_a_checkpoint_of_the_hub_knows_its_files_and_of_several_one_is_downloaded(trips):
+    """Without a list of its own, a flipped bit of it was not found; and all of them were downloaded to take one up."""
+    seen = trips["gone_on"]["checkpoints"]
+    assert (seen["lacking"], seen["unlisted"]) == ([], ["_complete.json"])
+    assert "optimizer.pt is not what was saved" in seen["flipped"]
+    assert (seen["newest"], seen["older"]) == ("checkpoint-10", ["trainer_state.json"])
+
+
+def test_a_token_that_is_given_opens_a_private_adapter_and_its_private_base(trips):
+    """It was used for the base's weights alone."""
+    assert trips["gone_on"]["with a token of its own"] == ["RepositoryNotFoundError", "PeftModelForCausalLM"]
+
+
 def test_a_pushed_imitator_is_audited_by_its_id(trips):
     model, bits = trips["gone_on"]["audit"]
     assert model == "me/adversarial-adapter"

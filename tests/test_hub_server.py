@@ -13,7 +13,9 @@ import urllib.error
 import urllib.request
 
 import pytest
-from hub_server import TOKEN, hub_environment, hub_server
+from hub_server import LICENSES, TOKEN, hub_environment, hub_server
+
+from hf_imitate.hub_cards import licenses
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +130,10 @@ def test_metadata_that_the_hub_cannot_read_is_refused_when_asked_and_when_commit
     assert commit(url, repo, file("README.md", text))[0] == 400
     assert head_of(url, repo) == before
     assert commit(url, repo, file("README.md", f"---\nlicense: mit\n---\n# {before}\n"))[0] == 200
+
+
+def test_cards_know_the_licence_ids_of_the_hub_and_no_others():
+    assert licenses.LICENSES | {licenses.OTHER} == set(LICENSES)
 
 
 def test_the_client_itself_pushes_lists_deletes_and_goes_on_with_a_download(url, tmp_path):

@@ -267,9 +267,26 @@ def test_the_model_index_parses_back_to_the_audits_numbers_and_intervals(tmp_pat
     for one, other in zip(read, measured, strict=True):
         assert one == dataclasses.replace(other, detail="")
     (result, *_) = ModelCard.load(tmp_path / "README.md").data.eval_results
-    assert (result.dataset_type, result.dataset_args["plan_hash"]) == ("me/answers", given.plan_hash)
+    assert result.dataset_args["plan_hash"] == given.plan_hash
     assert result.dataset_name == given.dataset
     assert findings_of(render_card(facts())) == ()
+
+
+@pytest.mark.parametrize(
+    ("audited", "trained", "is_same"),
+    [
+        ("answers", "me/answers", True),
+        ("my_answers", "me/MyAnswers", True),
+        ("a data set", "me/answers", False),
+        ("others", "me/answers", False),
+        ("a data set", None, False),
+    ],
+)
+def test_rows_of_another_data_set_are_not_said_to_be_of_the_training_one(audited, trained, is_same):
+    """The metadata called every audit one of the data set of the training, whatever rows were asked."""
+    given = dataclasses.replace(report(), dataset=f"{audited}, 600 rows, hash 0123456789abcdef")
+    (result, *_) = render_card(facts(audit=given, dataset_name=trained)).data.eval_results
+    assert result.dataset_type == (trained if is_same else "rows that are not known to be on the Hub")
 
 
 def test_a_model_index_of_anybodys_is_refused_where_it_is_no_audit(tmp_path):

@@ -31,6 +31,11 @@ PUBLISHED = {
 LEFT_BEHIND = [
     "training_args.bin",
     "distinguisher/training_args.bin",
+    "pytorch_model.bin",
+    "pytorch_model_fsdp_0/__0_0.distcp",
+    "scaler.pt",
+    "latest",
+    "zero_to_fp32.py",
     "completions/completions_00001.parquet",
     "checkpoint-1/model.safetensors",
     "checkpoint-1/distinguisher/checks.json",
@@ -307,7 +312,11 @@ def test_a_checkpoint_to_go_on_from_is_beside_the_imitator_and_never_public(hub,
     found = hub(f"""
         from pathlib import Path
         folder, api = Path({str(output_dir)!r}), HfApi()
-        (folder / "_latent_state_0.json").write_text("state")
+        for name in ("_latent_state_0.json", "_note.txt"):
+            (folder / name).write_text("state")
+        named = ("optimizer.bin", "config.json", "_note.txt", "training_args.bin")
+        marker = {{"version": 1, "files": {{name: {{"size": 1, "sha256": "a"}} for name in named}}}}
+        (folder / "_complete.json").write_text(json.dumps(marker))
         push_folder(folder, "me/run", checkpoint_name="last-checkpoint")
         (folder / "rng_state_0.pth").unlink()
         push_folder(folder, "me/run", checkpoint_name="last-checkpoint")
@@ -315,15 +324,24 @@ def test_a_checkpoint_to_go_on_from_is_beside_the_imitator_and_never_public(hub,
             push_folder(folder, "me/open", private=False, checkpoint_name="last-checkpoint")
         except ValueError as error:
             message = str(error)
-        print(json.dumps([message, api.list_repo_files("me/run"), len(api.list_repo_commits("me/run"))]))
+        stored = json.load(open(api.hf_hub_download("me/run", "last-checkpoint/_complete.json")))
+        files, number = api.list_repo_files("me/run"), len(api.list_repo_commits("me/run"))
+        print(json.dumps([message, files, number, stored]))
     """)
-    message, files, num_commits = found
+    message, files, num_commits, marker = found
     assert "private repositories only" in message
     assert num_commits == 3
     inside = {name.removeprefix("last-checkpoint/") for name in files if name.startswith("last-checkpoint/")}
-    states = {"optimizer.bin", "scheduler.pt", "rng_state.pth", "trainer_state.json", "_latent_state_0.json"}
+    assert marker == {
+        "version": 1,
+        "files": {name: {"size": 1, "sha256": "a"} for name in ("optimizer.bin", "config.json")},
+    }
+    states = {"_complete.json", "scaler.pt", "latest", "pytorch_model_fsdp_0/__0_0.distcp"}
+    states |= {"optimizer.bin", "scheduler.pt", "rng_state.pth", "trainer_state.json", "_latent_state_0.json"}
     assert states <= inside
-    assert not {"rng_state_0.pth", "training_args.bin", "pickled.pkl", "audit/scores.parquet"} & inside
+    assert (
+        not {"rng_state_0.pth", "training_args.bin", "zero_to_fp32.py", "pickled.pkl", "audit/scores.parquet"} & inside
+    )
     assert not states & set(files)
 
 

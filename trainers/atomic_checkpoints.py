@@ -7,8 +7,11 @@ import re
 import shutil
 from pathlib import Path
 
-# What starts with "_" is never pushed, and neither name is one that transformers takes for a checkpoint.
-MARKER, MARKER_VERSION = "_complete.json", 1
+from hf_imitate.hub_cards.push import MARKER
+from hf_imitate.repo_checks import read_object
+
+# What starts with "_" is not published, and transformers takes none of these names for a checkpoint.
+MARKER_VERSION = 1
 _UNFINISHED, REPLACED = re.compile(r"_saving-(\d+)"), "replaced"
 
 
@@ -92,7 +95,7 @@ def is_marked(checkpoint: Path) -> bool:
 def marked_damage(checkpoint: Path) -> str | None:
     """The first file of a marked checkpoint that is missing, cut off or altered, in plain words; `None` if none is."""
     try:
-        listed = json.loads((checkpoint / MARKER).read_bytes())
+        listed = read_object(checkpoint / MARKER)  # a checkpoint of the Hub may be anybody's
         files = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in listed["files"].items()}
         is_known = listed["version"] == MARKER_VERSION
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -86,7 +86,7 @@ class ImitatorSaving(AtomicSaving):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(self.checkpoint_to_resume())
         elif resume_from_checkpoint and hub_id_or_none(resume_from_checkpoint) is not None:
-            resume_from_checkpoint = str(hub_checkpoint(resume_from_checkpoint))
+            resume_from_checkpoint = str(hub_checkpoint(resume_from_checkpoint, token=self.args.hub_token))
         if resume_from_checkpoint:
             self.check_checkpoint(resume_from_checkpoint)
         self._step_of_weights = None
