@@ -6,6 +6,7 @@ import os
 import pytest
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
+from hf_imitate.hub_cards.card_file import write_card
 from hf_imitate.trainers import atomic_checkpoints
 from hf_imitate.trainers.atomic_checkpoints import (
     MARKER,
@@ -20,11 +21,13 @@ from hf_imitate.trainers.atomic_checkpoints import (
 
 
 def write(run, step, text="weights"):
-    """A checkpoint as it is written beside: two files, one of them in a folder."""
+    """A checkpoint as it is written beside: weights, a file in a folder, a card."""
     written = unfinished_folder(run, step) / f"checkpoint-{step}"
     (written / "distinguisher").mkdir(parents=True)
     (written / "model.safetensors").write_text(text)
     (written / "distinguisher" / "head.json").write_text("{}")
+    for name in ("imitation.json", "README.md"):
+        (written / name).write_text("{}")
     return written
 
 
@@ -47,6 +50,7 @@ def test_what_is_put_in_place_lists_every_file_and_is_whole(checkpoint, tmp_path
         },
     }
     assert is_marked(checkpoint)
+    write_card(checkpoint, license="mit")  # a card that was written again left nothing to go on from
     assert marked_damage(checkpoint) is None
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
 
@@ -109,7 +113,8 @@ def test_every_file_and_folder_is_flushed_before_the_rename_and_the_folder_aroun
     written = write(tmp_path, 3)
     flush(written)
     beside = "_saving-3/checkpoint-3"
-    inside = [f"{beside}/distinguisher", f"{beside}/distinguisher/head.json", f"{beside}/model.safetensors", beside]
+    files = ("README.md", "distinguisher", "distinguisher/head.json", "imitation.json", "model.safetensors")
+    inside = [*(f"{beside}/{name}" for name in files), beside]
     assert events == inside
     put_in_place(written, tmp_path / "checkpoint-3")
     assert events[len(inside) :] == [f"{beside}/{MARKER}", beside, str(tmp_path)]

@@ -125,7 +125,7 @@ def test_a_checkpoint_of_the_hub_knows_its_files_and_of_several_one_is_downloade
 
 def test_a_token_that_is_given_opens_a_private_adapter_and_its_private_base(trips):
     """It was used for the base's weights alone."""
-    assert trips["gone_on"]["with a token of its own"] == ["RepositoryNotFoundError", "PeftModelForCausalLM"]
+    assert trips["gone_on"]["with a token of its own"] == ["RepositoryNotFoundError", "PeftModel"]
 
 
 def test_a_pushed_imitator_is_audited_by_its_id(trips):

@@ -7,11 +7,13 @@ import re
 import shutil
 from pathlib import Path
 
+from hf_imitate.hub_cards.card_file import FACTS_FILE
 from hf_imitate.hub_cards.push import MARKER
 from hf_imitate.repo_checks import read_object
 
 # What starts with "_" is not published, and transformers takes none of these names for a checkpoint.
 MARKER_VERSION = 1
+_REWRITTEN = (FACTS_FILE, "README.md")  # by `hf-imitate card`; no run is taken up from what they say
 _UNFINISHED, REPLACED = re.compile(r"_saving-(\d+)"), "replaced"
 
 
@@ -66,13 +68,14 @@ def flush(folder: Path) -> None:
 def put_in_place(written: Path, place: Path) -> None:
     """Mark a checkpoint that is written and flushed as complete, and rename it to its place.
 
-    The marker lists every file with its size and SHA-256, so that what is cut off or altered later is found. A
+    The marker lists every file but the card's with its size and SHA-256, so that what is cut off or altered later is
+    found. A
     checkpoint that stood there is moved out of the way first, into the folder that is about to be removed.
     """
     files = {
         path.relative_to(written).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}
         for path in sorted(written.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.relative_to(written).as_posix() not in _REWRITTEN
     }
     marker = written / MARKER
     with marker.open("w", encoding="utf-8") as stream:
