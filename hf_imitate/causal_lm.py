@@ -1,6 +1,8 @@
 """Load a causal LM and its tokenizer from a folder or the Hub, adapter or full weights, without running its code."""
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,23 @@ def base_folder(name: str, revision: str | None = None, token: str | bool | None
             "folder)`, add its tokenizer, push that folder, and name it as the base."
         )
     return folder, revision if is_local else folder.name
+
+
+@contextlib.contextmanager
+def naming_what_does_not_fit(name: str) -> Iterator[None]:
+    """Say in plain words where weights are of other sizes than their config; transformers points to its log.
+
+    Raises:
+        ValueError: they are.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"The weights of `{name}` are of other sizes than its `config.json` says. Save or download it again."
+        ) from error
 
 
 def check_no_adapter(folder: Path) -> None:
@@ -246,7 +265,13 @@ def _default_device() -> torch.device:
 
 
 def _base_of_adapter(folder: Path, token: str | bool | None) -> tuple[dict[str, Any], Path]:
-    config = PeftConfig.from_pretrained(str(folder))
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"`adapter_config.json` in {folder} is none that PEFT can read ({type(error).__name__}): `peft_type` or "
+            "another field is not known to it. Update PEFT, or download the repo again."
+        ) from error
     if config.task_type not in (None, "CAUSAL_LM"):
         raise ValueError(
             f"`{folder}` holds an adapter for the task {config.task_type}, not a causal LM's. A distinguisher is "
@@ -291,7 +316,8 @@ def _load_complete(source: dict[str, Any], loading: dict[str, Any], folder: Path
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     check_model_size(config, AutoModelForCausalLM, folder)
     safely = {"trust_remote_code": False, "use_safetensors": True, "output_loading_info": True}
-    model, info = AutoModelForCausalLM.from_pretrained(**{**loading, **source, **safely})
+    with naming_what_does_not_fit(source["pretrained_model_name_or_path"]):
+        model, info = AutoModelForCausalLM.from_pretrained(**{**loading, **source, **safely})
     if info["missing_keys"]:
         raise ValueError(
             f"`{source['pretrained_model_name_or_path']}` is no complete {type(model).__name__}: "

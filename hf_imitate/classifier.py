@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hf_imitate.causal_lm import base_folder
+from hf_imitate.causal_lm import base_folder, naming_what_does_not_fit
 from hf_imitate.repo_checks import check_model_config, check_model_size
 
 HEAD_STD = 0.02  # not zero: a zero head on LoRA's zero B matrix is a saddle point
@@ -80,9 +80,11 @@ def load_body(name_or_path: str, **loading: Any) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     if is_classifier_config(config):
         check_model_size(config, AutoModelForSequenceClassification, folder)
-        return AutoModelForSequenceClassification.from_pretrained(name_or_path, num_labels=1, **loading)
+        with naming_what_does_not_fit(name_or_path):
+            return AutoModelForSequenceClassification.from_pretrained(name_or_path, num_labels=1, **loading)
     check_model_size(config, AutoModelForCausalLM, folder)
-    return AutoModelForCausalLM.from_pretrained(name_or_path, **loading)
+    with naming_what_does_not_fit(name_or_path):
+        return AutoModelForCausalLM.from_pretrained(name_or_path, **loading)
 
 
 def is_classifier(model: PreTrainedModel) -> bool:

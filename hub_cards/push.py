@@ -176,6 +176,34 @@ def published_files(folder: Path, leave_out: Sequence[str] = ()) -> list[str]:
     return names
 
 
+def checkpoint_files(folder: Path, files: Sequence[str]) -> dict[str, Path | bytes]:
+    """
+    Gather what is pushed of a checkpoint, so that a run can be taken up from it.
+
+    Args:
+        folder (`Path`):
+            The checkpoint.
+        files (`Sequence[str]`):
+            What is published of it, as `published_files` says.
+
+    Returns:
+        `dict[str, Path | bytes]`: paths inside the checkpoint, and what lies there; its `MARKER` lists these alone,
+        since whoever takes it up would look in vain for what stays behind.
+
+    Raises:
+        ValueError: one of them is a link.
+    """
+    states = [name for name in _files(folder) if _matches(name, RUN_FILES) or name == MARKER]
+    for name in states:
+        _check_no_link(folder, name)
+    found: dict[str, Path | bytes] = {name: folder / name for name in (*files, *states)}
+    if MARKER in found:
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        marker["files"] = {name: entry for name, entry in marker["files"].items() if name in found}
+        found[MARKER] = json.dumps(marker).encode()
+    return found
+
+
 def check_bases(folder: Path, files: Sequence[str], private: bool) -> None:
     """
     Say, before anything is pushed, which adapters others could not load because their base is a local folder.
@@ -262,7 +290,7 @@ def _commit(
     added: dict[str, Path | bytes] = {name: folder / name for name in files}
     replaced = list(REPLACED_FILES)
     if checkpoint_name is not None:
-        added |= {f"{checkpoint_name}/{name}": file for name, file in _checkpoint_files(folder, files).items()}
+        added |= {f"{checkpoint_name}/{name}": file for name, file in checkpoint_files(folder, files).items()}
         replaced.append(f"{checkpoint_name}/*")
     info = api.model_info(repo_id, revision=revision)
     there = [sibling.rfilename for sibling in info.siblings or []]
@@ -274,20 +302,6 @@ def _commit(
     return api.create_commit(
         repo_id, operations, commit_message=commit_message, revision=revision, parent_commit=info.sha
     )
-
-
-def _checkpoint_files(folder: Path, files: Sequence[str]) -> dict[str, Path | bytes]:
-    states = [name for name in _files(folder) if _matches(name, RUN_FILES)]
-    found: dict[str, Path | bytes] = {}
-    for name in {*files, *states}:
-        _check_no_link(folder, name)
-        found[name] = folder / name
-    if (folder / MARKER).is_file():
-        # Else whoever takes it up would look in vain for what stays behind.
-        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        marker["files"] = {name: entry for name, entry in marker["files"].items() if name in found}
-        found[MARKER] = json.dumps(marker).encode()
-    return found
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -14,7 +14,14 @@ from hub_server import Hub, hub_environment, hub_server
 
 from hf_imitate.hub_cards.facts import CardFacts
 from hf_imitate.hub_cards.model_card import render_card
-from hf_imitate.hub_cards.push import IGNORED_FILES, check_bases, published_files, push_folder
+from hf_imitate.hub_cards.push import (
+    IGNORED_FILES,
+    MARKER,
+    check_bases,
+    checkpoint_files,
+    published_files,
+    push_folder,
+)
 
 PUBLISHED = {
     "README.md": "card",
@@ -380,6 +387,12 @@ def test_a_link_in_the_folder_publishes_nothing(output_dir, tmp_path):
         published_files(output_dir)
     (output_dir / "elsewhere").rename(output_dir / "_elsewhere")
     assert set(published_files(output_dir)) == set(PUBLISHED)
+    for name in ("optimizer.bin", MARKER):
+        (output_dir / name).unlink(missing_ok=True)
+        (output_dir / name).symlink_to(tmp_path / "secret.txt")
+        with pytest.raises(ValueError, match=f"{name} is a link"):
+            checkpoint_files(output_dir, [])
+        (output_dir / name).unlink()
 
 
 def test_a_local_base_is_never_published_unnoticed(output_dir, tmp_path, caplog):

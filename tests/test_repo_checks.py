@@ -413,5 +413,13 @@ def test_an_adapter_of_the_wrong_shape_or_with_weights_missing_is_refused(repo):
         Imitator.from_pretrained(repo, device="cpu")
     change(repo, "adapter_config.json", peft_type="NO_SUCH_KIND")
     save_file(weights, file)
-    with pytest.raises((ValueError, KeyError), match=r"NO_SUCH_KIND|does not fit"):
+    with pytest.raises(ValueError, match="`peft_type` or another field is not known"):
         Imitator.from_pretrained(repo, device="cpu")
+
+
+@pytest.mark.parametrize("load", LOADS, ids=["imitator", "distinguisher"])
+def test_weights_of_other_sizes_than_their_config_are_refused_by_name(with_base, full_repo, load):
+    """It ended in transformers' "look at the above report", in a log that may not be shown."""
+    change(full_repo, "config.json", intermediate_size=32)
+    with pytest.raises(ValueError, match="are of other sizes than its `config"):
+        load(with_base(full_repo))
