@@ -115,7 +115,7 @@ def merge(folder: str | Path, target: str | Path) -> float:
     model, tokenizer = load_causal_lm(source, "cpu")
     if not isinstance(model, PeftModel):
         raise ValueError(f"{source} holds plain weights already, so there is nothing to merge.")
-    before, law = _logits(model), model.generation_config
+    before = _logits(model)
     try:
         plain = model.merge_and_unload()
     except (AttributeError, TypeError) as error:
@@ -124,7 +124,6 @@ def merge(folder: str | Path, target: str | Path) -> float:
         ) from error
     difference = (before - _logits(plain)).abs().max().item()
     target.mkdir(parents=True, exist_ok=True)
-    plain.generation_config = law
     plain.save_pretrained(str(target))
     tokenizer.save_pretrained(str(target))
     for name in _COPIED:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -208,10 +209,11 @@ def write_facts(folder: Path, stored: Mapping[str, Any]) -> None:
 def _without_folders(name: str | None) -> str | None:
     if name is None or hub_id_or_none(name) is not None:
         return name
+    # Of a name that no file can have, `Path.exists` is an error.
+    if not re.search(r"[\\/]", name) and not os.path.exists(name):
+        return name
     # "./" keeps it from being taken for a model of the Hub.
-    return (
-        "./" + re.split(r"[\\/]", name.rstrip("\\/"))[-1] if re.search(r"[\\/]", name) or Path(name).exists() else name
-    )
+    return "./" + re.split(r"[\\/]", name.rstrip("\\/"))[-1]
 
 
 def _thinned(points: Any) -> list[tuple[int, float]]:

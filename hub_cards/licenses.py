@@ -3,6 +3,8 @@
 import difflib
 import re
 
+from hf_imitate.hub_cards.markdown import shortened
+
 LICENSES = frozenset((
     "afl-3.0", "agpl-3.0", "apache-2.0", "apple-amlr", "apple-ascl", "artistic-2.0",
     "bigcode-openrail-m", "bigscience-bloom-rail-1.0", "bigscience-openrail-m", "bsd", "bsd-2-clause",
@@ -65,6 +67,7 @@ def license_note(name: str) -> str | None:
             "`license` is 'other', which names none. Give the licence's own name: the card then says `other`, with it "
             "as `license_name`."
         )
+    name = shortened(name, _MOST_NAME)
     near = difflib.get_close_matches(name.lower(), LICENSES, n=1)
     hint = f" Its nearest id is '{near[0]}'." if near else ""
     return (

@@ -203,7 +203,10 @@ def go_on(folder: str) -> dict[str, Any]:
             max_steps=3,
             **(IN_THE_MIDDLE if trainer in GAMES else {}),
         )
+        # The one token there is stands in the settings.
+        run.args.hub_token = os.environ.pop("HF_TOKEN")
         latent_worlds.train(run, resume_from_checkpoint=f"me/{trainer}-killed")
+        os.environ["HF_TOKEN"] = run.args.hub_token
         pairs = [(value, tensors[f"{trainer}-whole.{key}"]) for key, value in weights(run).items()]
         found[f"{trainer} resumed"] = max((one - other).abs().max().item() for one, other in pairs)
         try:

@@ -113,3 +113,17 @@ def test_a_retrodictor_that_was_left_out_is_not_looked_for(folder, tmp_path):
     merge(folder, tmp_path / "plain")
     assert not (tmp_path / "plain" / "retrodictor").exists()
     assert json.loads((tmp_path / "plain" / "imitation.json").read_text())["has_retrodictor"] is False
+
+
+def test_of_an_audit_of_earlier_weights_and_of_its_cache_nothing_is_merged(folder, tmp_path):
+    (folder / "audit" / "cache").mkdir(parents=True)
+    for name in ("audit/plan.json", "audit/cache/answers.json", "audit/scores.parquet"):
+        (folder / name).write_text("{}")
+    merge(folder, tmp_path / "fresh")
+    assert [path.name for path in (tmp_path / "fresh" / "audit").iterdir()] == ["plan.json"]
+    stored = json.loads((folder / "imitation.json").read_text())
+    stored["card"]["stale_audits"] = ["old"]
+    (folder / "imitation.json").write_text(json.dumps(stored))
+    (folder / "audit" / "audit.json").write_text('{"plan_hash": "old"}')
+    merge(folder, tmp_path / "stale")
+    assert not (tmp_path / "stale" / "audit").exists()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from exact_runs import ANSWERS, make, run
 from huggingface_hub import ModelCard
-from test_model_card import HOSTILE, facts, filled, report
+from test_model_card import HOSTILE, MEGABYTE, facts, filled, report
 from tiny_runs import make as make_game
 from tiny_runs import rows, train
 
@@ -95,6 +95,12 @@ def test_of_local_folders_only_the_last_name_is_stored_and_is_not_taken_for_an_i
     assert card.data.base_model is None
     assert "| `base`, a local model |" in card.text
     assert "`answers`" in card.text
+
+
+def test_a_name_that_no_file_can_have_is_a_name(tmp_path):
+    """The system's "file name too long", with all of the name, was what there was of a card."""
+    folder = store(tmp_path / "repo", facts(dataset_name=MEGABYTE))
+    assert read_facts(folder).dataset_name == MEGABYTE
 
 
 def test_a_curve_of_many_points_is_thinned_and_keeps_its_ends():
@@ -317,6 +323,7 @@ def test_a_second_model_on_a_local_base_is_refused_before_training_too(tmp_path,
 def test_a_licence_that_the_hub_does_not_know_is_another_with_a_name_and_other_alone_is_none(tmp_path, caplog):
     write_facts(tmp_path, {"objective": "retrodictive"})
     expected = {"MIT": ("mit", None), "Apache-2.0": ("apache-2.0", None), "apache2": ("other", "apache2")}
+    expected["x" * 10**6] = ("other", "x" * 100)
     expected["Our Club's Own, v1.0"] = ("other", "our-club-s-own-v1.0")
     for given, (license_id, name) in expected.items():
         caplog.clear()
@@ -324,6 +331,7 @@ def test_a_licence_that_the_hub_does_not_know_is_another_with_a_name_and_other_a
         assert (data.license, data.license_name) == (license_id, name)
         assert ("The Hub has no licence id" in caplog.text) is (name is not None)
         assert ("'apache-2.0'" in caplog.text) is (given == "apache2")
+        assert len(caplog.text) < 1000
     before = (tmp_path / "README.md").read_text()
     with pytest.raises(ValueError, match=r"`license` is 'other', which names none"):
         write_card(tmp_path, license="other")

@@ -110,6 +110,7 @@ def test_the_base_is_named_by_its_id_and_its_very_commit(trips, name):
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_a_run_that_was_killed_is_resumed_from_the_hub_to_the_last_bit(trips, trainer):
+    """By who has no other token than `hub_token`."""
     assert trips["gone_on"][f"{trainer} resumed"] == 0.0
     assert "holds no checkpoint to go on from" in trips["gone_on"][f"{trainer} not resumed"]
     assert "last-checkpoint/optimizer.pt" in trips["notes"][f"{trainer}-killed"]

@@ -64,7 +64,7 @@ def checkpoints(output_dir: str | Path, most_step: int | None = None) -> list[Pa
 def damage(checkpoint: str | Path) -> str | None:
     """The first file of a checkpoint that is missing, cut off or altered, in plain words; `None` if it is whole.
 
-    One without a marker, from before there were any or from the Hub, is read as far as it tells: transformers writes
+    One without a marker, from before there were any, is read as far as it tells: transformers writes
     `trainer_state.json` after everything else of its process, so where it stands, the rest of that process was
     written. A disk that was full or lost its power may still have cut a file off, and other processes may not have
     been done.
@@ -268,7 +268,7 @@ def is_whole(file: Path) -> bool:
         return zipfile.is_zipfile(file)  # its table of contents stands at its end
     try:
         json.loads(file.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):  # the second, of a stranger's that is nested without end
         return False
     return True
 
@@ -281,7 +281,7 @@ def _is_whole_safetensors(file: Path) -> bool:
             return False
         try:
             header = json.loads(stream.read(size))
-        except ValueError:
+        except (ValueError, RecursionError):
             return False
     ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
     return total == 8 + size + max(ends, default=0)
