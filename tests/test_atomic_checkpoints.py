@@ -1,5 +1,6 @@
 """A checkpoint stands whole or not at all, and what happened to it later is found."""
 
+import errno
 import json
 import os
 
@@ -70,8 +71,55 @@ def test_a_file_that_is_missing_cut_off_altered_or_longer_is_named(checkpoint, n
     assert marked_damage(checkpoint) is None
 
 
+def test_a_file_that_cannot_be_read_is_passed_over_like_one_that_is_damaged(checkpoint, monkeypatch):
+    def bad_sector(path, name):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(atomic_checkpoints.hashlib, "file_digest", bad_sector)
+    assert marked_damage(checkpoint) == "distinguisher/head.json cannot be read (Input/output error)"
+    assert marked_damage(checkpoint, reads_all=False) is None
+    monkeypatch.setattr(atomic_checkpoints.Path, "read_bytes", lambda path: bad_sector(path, ""))
+    assert marked_damage(checkpoint) == f"{MARKER} cannot be read (Input/output error)"
+
+
+def test_sizes_are_asked_for_where_files_are_not_read(checkpoint):
+    (checkpoint / "model.safetensors").write_text("weighty")
+    assert marked_damage(checkpoint, reads_all=False) is None
+    (checkpoint / "model.safetensors").write_text("weight")
+    assert marked_damage(checkpoint, reads_all=False) == "model.safetensors is cut off"
+    (checkpoint / "model.safetensors").unlink()
+    assert marked_damage(checkpoint, reads_all=False) == "model.safetensors is missing"
+
+
+def test_a_card_written_anew_and_an_audit_leave_a_checkpoint_whole(tmp_path):
+    """`hf-imitate audit` and `hf-imitate card` may be asked about a checkpoint, too."""
+    written = write(tmp_path, 3)
+    for name in ("README.md", "imitation.json"):
+        (written / name).write_text("old")
+    (written / "distinguisher" / "README.md").write_text("old")
+    put_in_place(written, tmp_path / "checkpoint-3")
+    checkpoint = tmp_path / "checkpoint-3"
+    for name in ("README.md", "imitation.json"):
+        (checkpoint / name).write_text("a")
+    (checkpoint / "audit").mkdir()
+    (checkpoint / "audit" / "audit.json").write_text("{}")
+    assert marked_damage(checkpoint) is None
+    (checkpoint / "distinguisher" / "README.md").write_text("new")
+    assert marked_damage(checkpoint) is not None
+
+
+def test_a_file_that_may_only_be_read_is_flushed_too(tmp_path, monkeypatch):
+    opened, original = [], os.open
+    written = write(tmp_path, 3)
+    monkeypatch.setattr(
+        atomic_checkpoints.os, "open", lambda path, flags: opened.append(flags) or original(path, flags)
+    )
+    flush(written)
+    assert opened == [os.O_RDONLY] * 6
+
+
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"version": 1}', '{"version": 1, "files": {"a": 3}}', "\x00", "[" * 10**5]
+    "text", ["", "{", "[]", "[" * 100_000, '{"version": 1}', '{"version": 1, "files": {"a": 3}}', "\x00"]
 )
 def test_a_marker_that_is_not_one_says_so(checkpoint, text):
     (checkpoint / MARKER).write_text(text)

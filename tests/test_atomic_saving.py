@@ -2,10 +2,12 @@
 
 import errno
 import logging
+import multiprocessing
 import os
 import shutil
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,42 @@ def test_the_new_checkpoint_is_whole_before_an_old_one_goes(tmp_path, tiny_model
         [("checkpoint-3", None), ("checkpoint-2", None)],
     ]
     assert left(trainer) == ["checkpoint-3"]
+
+
+def test_a_clock_that_was_put_back_does_not_cost_the_newest_checkpoint(tmp_path, tiny_model_dir):
+    """Or another machine's, or a file that was put into the older one: it was changed last, and is not the newest."""
+    trainer = make(tmp_path, tiny_model_dir, adapter=True, **{**LONG, "max_steps": 2}, **SAVED, save_total_limit=1)
+    first, later = tmp_path / "run" / "checkpoint-1", time.time() + 3600
+    trainer.add_callback(At("on_step_begin", 1, lambda: os.utime(first, (later, later))))
+    train(trainer)
+    assert left(trainer) == ["checkpoint-2"]
+
+
+def test_nothing_is_flushed_before_all_processes_have_written_and_nothing_moved_before_all_is_flushed(
+    tmp_path, tiny_model_dir, monkeypatch
+):
+    """The first one writes files and removes them again: another would flush what is gone."""
+    trainer = make(tmp_path, tiny_model_dir, adapter=True, **{**LONG, "max_steps": 1}, **SAVED)
+    events = []
+
+    def noting(owner, name):
+        original = getattr(owner, name)
+
+        def noted(*args, **kwargs):
+            result = original(*args, **kwargs)
+            events.append(name)
+            return result
+
+        monkeypatch.setattr(owner, name, noted)
+
+    noting(trainer, "_save_rng_state")
+    noting(trainer.accelerator, "wait_for_everyone")
+    noting(atomic_saving, "flush")
+    noting(atomic_saving, "put_in_place")
+    train(trainer)
+    wait = "wait_for_everyone"
+    start = events.index("_save_rng_state")
+    assert events[start - 1 : start + 6] == [wait, "_save_rng_state", wait, "flush", wait, "put_in_place", wait]
 
 
 def test_a_run_that_went_back_does_not_delete_what_it_has_just_saved(whole, tmp_path, tiny_model_dir):
@@ -193,6 +231,26 @@ def test_a_sigterm_saves_nothing_where_nothing_is_to_be_saved(tmp_path, tiny_mod
     with pytest.raises(SystemExit):
         train(trainer)
     assert (trainer.state.global_step, left(trainer)) == (2, [])
+
+
+@pytest.mark.skipif(not IS_MAIN, reason="signals are the main thread's")
+def test_a_child_of_the_run_ends_by_sigterm_as_ever(tmp_path, tiny_model_dir):
+    """A reward may run code in a process that it forks and ends after a while; the run itself goes on."""
+    ended = []
+
+    def run_code():
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
+        child.start()
+        time.sleep(0.1)
+        child.terminate()
+        child.join(5)
+        ended.append(child.exitcode)
+        child.kill()
+
+    trainer = make(tmp_path, tiny_model_dir, adapter=True, **LONG)
+    trainer.add_callback(At("on_step_begin", 1, run_code))
+    train(trainer)
+    assert (trainer.state.global_step, ended) == (4, [-signal.SIGTERM])
 
 
 @pytest.mark.skipif(not IS_MAIN, reason="signals are the main thread's")

@@ -1,12 +1,14 @@
 """What one process tells another of its failure; that all then stop is shown by tests/test_two_processes.py."""
 
 import errno
+import inspect
 
 import pytest
 import torch
 from accelerate import Accelerator
 
 from hf_imitate.checks import check_outcomes
+from hf_imitate.trainers import ranks
 from hf_imitate.trainers.adversarial_rewards import guarded, raise_first
 from hf_imitate.trainers.ranks import NotFinite, ProcessFailure, agreed, stopping_together, words_of
 
@@ -45,6 +47,29 @@ def test_of_other_errors_kind_and_place_are_told_and_no_words_that_may_quote_a_r
     found = words_of(raised(fails, error))
     assert found.startswith(told)
     assert "secret" not in found
+
+
+def test_what_python_says_in_a_line_of_ours_is_told_by_kind_and_place_alone():
+    """A key or a number that is none would be quoted, and either may be a row's."""
+    error = raised(notes_of_a_reward, {"a secret": 1})
+    assert error.args == ("a secret",)
+    assert words_of(error).startswith("KeyError in hf_imitate.made_up, line 2; its own words may quote a row")
+    said = raised(notes_of_a_reward, {})
+    assert words_of(said) == "ValueError: our own words"
+
+
+def notes_of_a_reward(row):
+    """A function of ours that raises words of its own, or lets Python speak."""
+    made_up = {"__name__": "hf_imitate.made_up"}
+    exec("def f(row):\n    return {}[next(iter(row))] if row else g()\n", made_up)
+    exec("def g():\n    raise ValueError('our own words')\n", made_up)
+    made_up["f"](row)
+
+
+def test_torchs_store_is_found_where_we_look_for_it():
+    """`torch.distributed` has no public way to the store by which its processes found each other."""
+    assert list(inspect.signature(ranks._get_default_store).parameters) == []
+    assert {"compare_set", "check", "get", "add"} <= set(dir(torch.distributed.PrefixStore))
 
 
 def test_one_process_alone_raises_its_error_as_it_is():

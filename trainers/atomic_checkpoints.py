@@ -43,7 +43,7 @@ def settle(folder: Path) -> None:
         found = written if _is_complete(written) else replaced
         if found.is_dir() and not found.is_symlink() and not place.exists():
             os.replace(found, place)
-            _flush_folder(folder.parent)
+            _flush(folder.parent)
     discard(folder)
 
 
@@ -55,22 +55,16 @@ def clear_leftovers(run_folder: Path) -> None:
 
 
 def flush(folder: Path) -> None:
-    """Wait until all that lies in a folder is on the disk."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with path.open("rb+") as stream:
-                os.fsync(stream.fileno())
-        else:
-            _flush_folder(path)
-    _flush_folder(folder)
+    """Wait until a folder and all that lies in it is on the disk."""
+    for path in (*sorted(folder.rglob("*")), folder):
+        _flush(path)
 
 
 def put_in_place(written: Path, place: Path) -> None:
     """Mark a checkpoint that is written and flushed as complete, and rename it to its place.
 
     The marker lists every file but the card's with its size and SHA-256, so that what is cut off or altered later is
-    found. A
-    checkpoint that stood there is moved out of the way first, into the folder that is about to be removed.
+    found. A checkpoint that stood there is moved out of the way first, into the folder that is about to be removed.
     """
     files = {
         path.relative_to(written).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}
@@ -82,11 +76,11 @@ def put_in_place(written: Path, place: Path) -> None:
         json.dump({"version": MARKER_VERSION, "files": files}, stream)
         stream.flush()
         os.fsync(stream.fileno())
-    _flush_folder(written)
+    _flush(written)
     if place.is_symlink() or place.exists():
         os.replace(place, written.parent / REPLACED)
     os.replace(written, place)
-    _flush_folder(place.parent)
+    _flush(place.parent)
     discard(written.parent)
 
 
@@ -95,14 +89,24 @@ def is_marked(checkpoint: Path) -> bool:
     return (checkpoint / MARKER).is_file()
 
 
-def marked_damage(checkpoint: Path) -> str | None:
-    """The first file of a marked checkpoint that is missing, cut off or altered, in plain words; `None` if none is."""
+def marked_damage(checkpoint: Path, reads_all: bool = True) -> str | None:
+    """What a marked checkpoint lacks, in plain words.
+
+    Args:
+        checkpoint (`Path`): its folder.
+        reads_all (`bool`, *optional*, defaults to `True`): read every file to its end; else only ask for its size.
+
+    Returns:
+        The first file that is missing, cut off, altered or cannot be read; `None` if there is none.
+    """
     try:
         listed = read_object(checkpoint / MARKER)  # a checkpoint of the Hub may be anybody's
         files = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in listed["files"].items()}
         is_known = listed["version"] == MARKER_VERSION
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MARKER} is cut off"
+    except OSError as error:
+        return f"{MARKER} cannot be read ({error.strerror})"
     if not is_known:
         return f"{MARKER} is of version {listed['version']}, and this hf-imitate knows {MARKER_VERSION}"
     if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
@@ -112,8 +116,16 @@ def marked_damage(checkpoint: Path) -> str | None:
             return f"{name} is missing"
         if (checkpoint / name).stat().st_size < size:
             return f"{name} is cut off"
-    altered = (name for name, (_, sha256) in files.items() if _sha256(checkpoint / name) != sha256)
-    return next((f"{name} is not what was saved, its SHA-256 differs" for name in altered), None)
+    altered = (_altered(checkpoint, name, sha256) for name, (_, sha256) in files.items() if reads_all)
+    return next(filter(None, altered), None)
+
+
+def _altered(checkpoint: Path, name: str, sha256: str) -> str | None:
+    try:
+        is_same = _sha256(checkpoint / name) == sha256
+    except OSError as error:  # such as a bad sector
+        return f"{name} cannot be read ({error.strerror})"
+    return None if is_same else f"{name} is not what was saved, its SHA-256 differs"
 
 
 def _is_complete(checkpoint: Path) -> bool:
@@ -125,10 +137,11 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _flush_folder(folder: Path) -> None:
-    if os.name != "posix":
+def _flush(path: Path) -> None:
+    if os.name != "posix" and path.is_dir():
         return  # elsewhere a folder cannot be opened
-    descriptor = os.open(folder, os.O_RDONLY)
+    # To be flushed, a file need not be writable; elsewhere it does.
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

@@ -17,7 +17,15 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 
-from hf_imitate.trainers.atomic_checkpoints import clear_leftovers, flush, put_in_place, settle, unfinished_folder
+from hf_imitate.trainers.atomic_checkpoints import (
+    clear_leftovers,
+    flush,
+    is_marked,
+    marked_damage,
+    put_in_place,
+    settle,
+    unfinished_folder,
+)
 from hf_imitate.trainers.checkpoints import LAST_WRITTEN, checkpoints
 from hf_imitate.trainers.ranks import AgreedStop
 
@@ -56,10 +64,15 @@ class AtomicSaving:
 
     def where_to_go_on(self) -> str:
         """Where a run that ended early goes on, in a sentence."""
-        found = next((path for path in checkpoints(self.args.output_dir) if self.lack_of(path) is None), None)
+        found = next((path for path in checkpoints(self.args.output_dir) if self._seems_whole(path)), None)
         if found is None:
             return "There is no complete checkpoint to go on from."
         return f"The newest complete checkpoint is {found}; `resume_from_checkpoint=True` goes on from it."
+
+    def _seems_whole(self, checkpoint: Path) -> bool:
+        # Others wait for these words, a scheduler perhaps; whoever resumes reads every file.
+        lack = marked_damage(checkpoint, reads_all=False) if is_marked(checkpoint) else self.lack_of(checkpoint)
+        return lack is None
 
     def prepare_output_dir(self) -> None:
         """Remove what dead runs left half written.
@@ -96,13 +109,16 @@ class AtomicSaving:
             finally:
                 self._unfinished = None
             self._name_best(run_folder, unfinished / name)
-            flush(unfinished / name)
+            self.accelerator.wait_for_everyone()  # while others write, files come and go
+            if self.args.local_process_index == 0:
+                flush(unfinished / name)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 put_in_place(unfinished / name, run_folder / name)
         except BaseException as error:
-            with contextlib.suppress(OSError):
-                settle(unfinished)
+            if self.args.world_size == 1:  # else others may be writing there, and would fail before they hear why
+                with contextlib.suppress(OSError):
+                    settle(unfinished)
             if isinstance(error, OSError | SafetensorError) or _WRITER_OF_TORCH in str(error):
                 raise OSError(self._could_not_save(run_folder, name, error)) from error
             raise
@@ -117,7 +133,7 @@ class AtomicSaving:
                 output_dir=str(run_folder),
                 save_total_limit=self.args.save_total_limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
+                use_mtime=False,  # a clock that was put back must not cost the newest
             )
 
     def _name_best(self, run_folder: Path, written: Path) -> None:
@@ -132,9 +148,11 @@ class AtomicSaving:
 
     def _could_not_save(self, run_folder: Path, name: str, error: BaseException) -> str:
         free = shutil.disk_usage(run_folder).free if run_folder.is_dir() else 0
+        is_alone = self.args.world_size == 1
+        left = "Nothing half-written is left." if is_alone else "What is half-written is removed when the run goes on."
         return (
             f"{name} could not be written to {run_folder} ({type(error).__name__}: {error}); {free / 2**20:.1f} MiB "
-            f"are free there. Nothing half-written is left. {self.where_to_go_on()} Make room, or lower "
+            f"are free there. {left} {self.where_to_go_on()} Make room, or lower "
             "`save_total_limit`, and go on."
         )
 
@@ -149,10 +167,11 @@ class StopOnSignal(TrainerCallback):
     def __init__(self, trainer: Any):
         self.trainer = trainer
         self._is_told = False
+        self._process = 0
         self._earlier: Callable[[int, FrameType | None], Any] | int | None = None
 
     def __enter__(self) -> None:
-        self._is_told = False
+        self._is_told, self._process = False, os.getpid()
         # Only the main thread may; and a handler that somebody else has set knows better.
         is_ours = threading.current_thread() is threading.main_thread()
         is_ours = is_ours and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -166,6 +185,8 @@ class StopOnSignal(TrainerCallback):
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._is_told = True
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if os.getpid() != self._process:  # a child that a reward has forked, such as one to run code in
+            os.kill(os.getpid(), number)
 
     def on_step_end(self, args, state, control, **kwargs):
         must_stop = self._is_anybody_told(args)

@@ -1,14 +1,15 @@
 """Several processes, one run: where one fails, all stop, with its words, its step and a place to go on from."""
 
 import contextlib
+import dis
 import functools
 import logging
 import os
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -39,14 +40,23 @@ def words_of(error: BaseException) -> str:
     """What may be told of an error to other processes: of ours all, for they quote no rows; of others the kind and the
     place."""
     kind = type(error).__name__
-    frames = [(frame.f_globals.get("__name__", ""), line) for frame, line in traceback.walk_tb(error.__traceback__)]
-    is_ours = bool(frames) and frames[-1][0].split(".")[0] == "hf_imitate"
-    if is_ours or isinstance(error, torch.OutOfMemoryError):
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    module = "" if last is None else last.tb_frame.f_globals.get("__name__", "")
+    if _is_raised_by_us(last, module) or isinstance(error, torch.OutOfMemoryError):
         return f"{kind}: {error}"
     if isinstance(error, OSError) and error.strerror:
         kind = f"{kind} ({error.strerror})"
-    where = f" in {frames[-1][0]}, line {frames[-1][1]}" if frames else ""
+    where = "" if last is None else f" in {module}, line {last.tb_lineno}"
     return f"{kind}{where}; its own words may quote a row and stand in the output of that process alone."
+
+
+def _is_raised_by_us(last: TracebackType | None, module: str) -> bool:
+    if last is None or module.split(".")[0] != "hf_imitate":
+        return False
+    # Not what Python or torch says in a line of ours: "could not convert string to float" quotes the string.
+    return last.tb_frame.f_code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 def _told(error: BaseException, accelerator: Accelerator, step: int) -> str:
@@ -119,7 +129,8 @@ def stopping_together(train: Callable) -> Callable:
             first = watch.tell(mine, wait=not is_told)
             if not isinstance(error, Exception):
                 raise  # an interrupt stays one
-            raise ProcessFailure(first) from (error.__cause__ if is_told else error if first == mine else None)
+            kind = NotFinite if isinstance(error, FloatingPointError) else ProcessFailure
+            raise kind(first) from (error.__cause__ if is_told else error if first == mine else None)
         finally:
             watch.end()
 
