@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from hf_imitate.train_cli import _resolve_accelerate_config
+
 TESTS = Path(__file__).parent
 # About one run in thirty aborts while the interpreter shuts down, after everything is done: a thread of torch's is
 # still there (plain GRPO does it, too, with the process group destroyed or not). So the process leaves without it.
@@ -18,7 +20,7 @@ os._exit(0)
 
 
 def in_two_processes(program: str, folder: Path, timeout: float = 240) -> str:
-    """Run `program` in two processes and return what both printed.
+    """Run `program` in the two processes that `--accelerate_config cpu` starts and return what both printed.
 
     Args:
         program: its source; an error in it fails the test with the end of the error output.
@@ -27,8 +29,9 @@ def in_two_processes(program: str, folder: Path, timeout: float = 240) -> str:
     """
     file = folder / "program.py"
     file.write_text(program + LEAVE, encoding="utf-8")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(file)],
+        [*launch, *_resolve_accelerate_config(["--accelerate_config", "cpu"]), str(file)],
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)},
         capture_output=True,
         text=True,

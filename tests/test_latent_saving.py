@@ -31,6 +31,18 @@ def load(folder: Path) -> LatentImitator:
     return LatentImitator.load(folder, stored, model, tokenizer, renderer)
 
 
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth"])
+def test_a_checkpoint_without_a_marker_is_no_fresh_start_where_a_file_is_missing(world, tmp_path, name):
+    """As from before there were markers; transformers would begin with a new optimizer and say nothing."""
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    worlds.train(worlds.make(tmp_path, world, **settings))
+    last = tmp_path / "run" / "checkpoint-2"
+    (last / "_complete.json").unlink()
+    (last / name).unlink()
+    with pytest.raises((FileNotFoundError, ValueError), match=name):
+        worlds.make(tmp_path, world, **{**settings, "max_steps": 3}).train(resume_from_checkpoint=str(last))
+
+
 @pytest.mark.parametrize("full", [False, True])
 def test_a_resumed_run_ends_bit_for_bit_where_the_whole_run_ends(world, tmp_path, full):
     """Stopped in the warm-up and in training; half the thoughts known, two batches to a step."""

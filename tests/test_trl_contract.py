@@ -30,6 +30,7 @@ OVERRIDES = {
     "create_model_card": GRPOTrainer,
     "_load_optimizer_and_scheduler": GRPOTrainer,
     "_save_optimizer_and_scheduler": Trainer,
+    "_load_rng_state": Trainer,
     "_load_from_checkpoint": Trainer,
     "_load_best_model": Trainer,
     "_save_checkpoint": GRPOTrainer,

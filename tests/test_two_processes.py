@@ -12,6 +12,7 @@ from tiny_runs import AtEveryStep, Watched, distinguisher_weights, imitator_weig
 
 from benchmarks.worlds.reliability import ranks as world
 from hf_imitate.trainers import adversarial_plan, ranks
+from hf_imitate.trainers.atomic_checkpoints import clear_leftovers
 from hf_imitate.trainers.checkpoints import damage, newest_complete_checkpoint
 
 PROGRAM = """
@@ -225,13 +226,14 @@ def test_where_one_process_fails_both_say_what_it_said_at_once(both, kind):
         else f"The newest complete checkpoint is /{number}/run/checkpoint-4; `resume_from_checkpoint=True` goes on"
     )
     assert newest in found["words"]
+    assert found["kind"] == ("NotFinite" if kind == "nan" else "ProcessFailure")
     assert (found["same_words"], found["quotes_a_row"]) == (True, False)
     assert found["seconds_apart"] < 10
 
 
 @pytest.mark.slow
 def test_a_process_that_waits_for_one_that_failed_and_lingers_is_ended(both):
-    """The second process fails in a callback and sleeps for nine seconds; the first waits for it in a collective."""
+    """The disk of the second is full in a save, and it sleeps for nine seconds; the first waits in a collective."""
     _, folder = both
     failed = float((folder / "world" / "linger" / "failed1").read_text())
     how, when = (folder / "ended0").read_text().split()
@@ -239,6 +241,24 @@ def test_a_process_that_waits_for_one_that_failed_and_lingers_is_ended(both):
     how, when = (folder / "ended1").read_text().split()
     assert (how, float(when) - failed > 9) == ("left", True)
     assert not (folder / "world" / "linger" / "failed0").exists()
+
+
+@pytest.mark.slow
+def test_a_save_that_fails_on_one_process_is_told_and_leaves_the_checkpoint_before_it(both):
+    """What the first one had written stays where nobody takes it for a checkpoint, until the run goes on."""
+    _, folder = both
+    run = folder / "world" / "linger" / "run"
+    said = (folder / "world" / "linger" / "said1").read_text()
+    assert said.startswith("Process 1 of 2 failed at step 4: OSError: checkpoint-4 could not be written to ")
+    assert "No space left on device" in said
+    assert "What is half-written is removed when the run goes on. The newest complete checkpoint is " in said
+    assert f"{run}/checkpoint-2; " in said
+    names = {path.name for path in run.iterdir() if path.name.startswith(("checkpoint", "_"))}
+    assert names == {"checkpoint-2", "_saving-4"}
+    assert (run / "_saving-4" / "checkpoint-4" / "adapter_model.safetensors").is_file()
+    assert damage(run / "checkpoint-2") is None
+    clear_leftovers(run)
+    assert not (run / "_saving-4").exists()
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from hf_imitate.trainers.atomic_checkpoints import (
     settle,
     unfinished_folder,
 )
-from hf_imitate.trainers.checkpoints import LAST_WRITTEN, checkpoints
+from hf_imitate.trainers.checkpoints import LAST_WRITTEN, checkpoints, numbers_alone
 from hf_imitate.trainers.ranks import AgreedStop
 
 logger = logging.getLogger(__name__)
@@ -91,6 +91,18 @@ class AtomicSaving:
                 )
             clear_leftovers(folder)
         self.accelerator.wait_for_everyone()
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with numbers_alone(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with numbers_alone(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_rng_state(self, checkpoint):
+        with numbers_alone(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _get_output_dir(self, trial):
         return super()._get_output_dir(trial) if self._unfinished is None else str(self._unfinished)

@@ -1,5 +1,6 @@
 """Which checkpoints of a run can be resumed: a crash, a kill or a full disk may leave the newest one half written."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -7,7 +8,7 @@ import logging
 import os
 import re
 import zipfile
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from peft import PeftModel
 from transformers import TrainerCallback
 
 from hf_imitate.human_rows import HumanRow
+from hf_imitate.repo_checks import UnsafeRepoError
 from hf_imitate.trainers.atomic_checkpoints import is_marked, marked_damage
 
 logger = logging.getLogger(__name__)
@@ -258,6 +260,26 @@ class TakeUpTheLog(TrainerCallback):
         if unlogged is not None:
             self.trainer._tr_loss += unlogged["loss"]
             self.trainer._globalstep_last_logged = unlogged["last_log"]
+
+
+@contextlib.contextmanager
+def numbers_alone(checkpoint: str | Path | None) -> Iterator[None]:
+    """Do inside what reads transformers' own files, to be refused in words of ours where they hold a program.
+
+    Raises:
+        UnsafeRepoError: torch refused to unpickle one of them.
+    """
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ != "UnpicklingError":  # its module is nowhere imported here
+            raise
+        # torch's words say how to run it all the same.
+        raise UnsafeRepoError(
+            f"{checkpoint}: one of its files of the kinds .pt, .pth and .bin holds more than tensors and numbers, so "
+            "no training wrote it as it is, and it could harm whoever loads it. Nothing of it was run. Go on "
+            "from a checkpoint of a run of your own, or start anew from its imitator as `model`."
+        ) from None
 
 
 def is_whole(file: Path) -> bool:

@@ -21,7 +21,7 @@ from hf_imitate.trainers.checkpoints import (
     stored_state,
 )
 from hf_imitate.trainers.imitator_saving import ImitatorSaving, versions
-from hf_imitate.trainers.retrodictive_saving import damage
+from hf_imitate.trainers.retrodictive_saving import check_state_is_there, damage
 
 logger = logging.getLogger(__name__)
 
@@ -133,12 +133,13 @@ class LatentSaving(ImitatorSaving):
         """Check that a run can be taken up, before anything is loaded.
 
         Raises:
-            FileNotFoundError: it holds weights alone.
+            FileNotFoundError: it holds weights alone, or the optimizer or a random state is not there.
             ValueError: a file is missing, cut off or altered, or the run is another one; the message names what.
         """
         super().check_checkpoint(checkpoint)
         was = self._stored_state(checkpoint)["run"]
         check_same_run(Path(checkpoint), was, self._run_facts(), self.args.force_resume, needed=("thoughts",))
+        check_state_is_there(Path(checkpoint), self.args.world_size, self.args.process_index)
 
     def _run_facts(self) -> dict[str, Any]:
         """What a run has to share with the one whose checkpoint it takes up, as JSON gives it back."""
@@ -191,8 +192,7 @@ class LatentSaving(ImitatorSaving):
                 f"{checkpoint} holds no {path.name}, so the retrodictor cannot be restored. Resume from a checkpoint "
                 "of LatentRetrodictiveTrainer that was made with `save_only_model=False`."
             )
-        stored = stored_state(path, STATE_VERSION)
-        return stored
+        return stored_state(path, STATE_VERSION)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -48,7 +48,7 @@ class RetrodictiveSaving(ImitatorSaving):
                 f"{folder} holds no {state.name}: it was left by another trainer, or by fewer processes than now. "
                 "Resume with those that left it."
             )
-        _check_state_is_there(folder, self.args.world_size, self.args.process_index)
+        check_state_is_there(folder, self.args.world_size, self.args.process_index)
 
     def _run_facts(self) -> dict[str, Any]:
         """What a run has to share with the one whose checkpoint it takes up, as JSON gives it back."""
@@ -112,8 +112,12 @@ def damage(checkpoint: str | Path) -> str | None:
     return None
 
 
-def _check_state_is_there(folder: Path, num_processes: int, process: int) -> None:
-    """transformers goes on with a fresh optimizer or random state where it finds none, and says nothing."""
+def check_state_is_there(folder: Path, num_processes: int, process: int) -> None:
+    """transformers goes on with a fresh optimizer or random state where it finds none, and says nothing.
+
+    Raises:
+        FileNotFoundError: naming the file.
+    """
     random = "rng_state.pth" if num_processes == 1 else f"rng_state_{process}.pth"
     has_optimizer = any((*folder.glob("optimizer*"), *folder.glob("global_step*")))
     lacking = [] if has_optimizer else ["optimizer.pt"]

@@ -239,8 +239,8 @@ class Faults:
 
 def _files(checkpoint: Path, last: str) -> list[Path]:
     """The files that the marker lists; the one that stays damaged is the last."""
-    found = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != "_complete.json")
-    return sorted(found, key=lambda path: path.name == last)
+    listed = json.loads((checkpoint / "_complete.json").read_text())["files"]
+    return sorted((checkpoint / name for name in sorted(listed)), key=lambda path: path.name == last)
 
 
 def _callback(moment: str, what: Callable[[], None], step: int) -> Any:

@@ -4,6 +4,7 @@ The processes are started by `torch.distributed.run` over gloo (`accelerate laun
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -275,22 +276,20 @@ class FailingCheck:
         return [True] * len(completions)
 
 
-class FailsOnTheSecond(TrainerCallback):
-    """Something of the user's, outside every collective, fails on one process."""
+class BreaksOnTheSecond(TrainerCallback):
+    """The weights of one process break, so that its loss is no number at the next step."""
 
-    def __init__(self, model: Any = None):
+    def __init__(self, model: Any):
         self.model = model
 
     def on_step_end(self, args, state, control, **kwargs):
         if os.environ["RANK"] != "1" or state.global_step != FAILS_AT:
             return
-        if self.model is None:
-            raise KeyError(SECRET)
-        with torch.no_grad():  # its loss is no number at the next step
+        with torch.no_grad():
             next(p for p in self.model.parameters() if p.requires_grad).fill_(torch.nan)
 
 
-FAILURES = ("check", "reward", "async reward", "nan", "callback")
+FAILURES = ("check", "reward", "async reward", "nan", "save")
 
 
 def _failing(kind: str, folder: str) -> Any:
@@ -313,9 +312,17 @@ def _failing(kind: str, folder: str) -> Any:
         peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"),
         **given,
     )
-    if kind in ("nan", "callback"):
-        trainer.add_callback(FailsOnTheSecond(trainer.model if kind == "nan" else None))
+    if kind == "nan":
+        trainer.add_callback(BreaksOnTheSecond(trainer.model))
+    if kind == "save":
+        write = trainer._save_rng_state
+        trainer._save_rng_state = lambda folder: (_fill_the_disk(trainer), write(folder))
     return trainer
+
+
+def _fill_the_disk(trainer: Any) -> None:
+    if os.environ["RANK"] == "1" and trainer.state.global_step == FAILS_AT:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def each_failure(folder: str, kinds: Sequence[str] = FAILURES[:-1]) -> None:
@@ -332,11 +339,14 @@ def each_failure(folder: str, kinds: Sequence[str] = FAILURES[:-1]) -> None:
 
 
 def linger(folder: str, seconds: float) -> None:
-    """One process fails outside every collective and stays: the other waits for it in one."""
-    trainer = _failing("callback", folder)
+    """The disk of one process is full while both save, and it stays: the other waits for it in a collective."""
+    trainer = _failing("save", folder)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             trainer.train()
+    except RuntimeError as error:
+        Path(f"{folder}/said{os.environ['RANK']}").write_text(str(error), encoding="utf-8")
+        raise
     finally:
         Path(f"{folder}/failed{os.environ['RANK']}").write_text(str(time.time()))
         time.sleep(seconds)
@@ -347,6 +357,7 @@ def heard(folder: str) -> dict[str, Any]:
     one, two = (json.loads(Path(f"{folder}/failures{rank}.json").read_text()) for rank in (0, 1))
     return {
         kind: {
+            "kind": one[kind]["kind"],
             "words": one[kind]["words"].replace(folder, ""),
             "seconds_apart": abs(one[kind]["at"] - two[kind]["at"]),
             "same_words": one[kind]["words"] == two[kind]["words"],
@@ -366,7 +377,7 @@ def failures() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         done = launch("linger", {"folder": folder, "seconds": 60.0}, Path(folder))
         ended = time.time()
-        found["callback, lingering 60 s"] = {
+        found["save, lingering 60 s"] = {
             "seconds_to_the_end_of_all": ended - float(Path(f"{folder}/failed1").read_text()),
             "words": next((line for line in done.stderr.splitlines() if line.startswith("Process 1 of 2")), None),
             "exit_status": done.returncode,
