@@ -44,6 +44,7 @@ class RetrodictiveSaving(ImitatorSaving):
             was = stored_state(state, STATE_VERSION)["run"]
             check_same_run(folder, was, self._run_facts(), self.args.force_resume)
         elif is_marked(folder):
+            check_state_is_there(folder, self.args.world_size, self.args.process_index)
             raise ValueError(
                 f"{folder} holds no {state.name}: it was left by another trainer, or by fewer processes than now. "
                 "Resume with those that left it."
