@@ -162,6 +162,13 @@ def test_a_resumed_run_ends_where_the_whole_one_does_to_the_last_bit(tmp_path, t
         assert logged(again, name) == logged(whole, name)
 
 
+def test_weights_alone_are_not_gone_on_from_and_the_setting_that_left_them_is_named(tmp_path, tiny_model_dir):
+    settings = {"save_strategy": "steps", "save_steps": 1, "save_only_model": True}
+    run(tmp_path, tiny_model_dir, adapter=True, **settings)
+    with pytest.raises(FileNotFoundError, match=r"holds no optimizer\.pt, .*`save_only_model=False`"):
+        make(tmp_path, tiny_model_dir, adapter=True, max_steps=2, **settings).train(resume_from_checkpoint=True)
+
+
 def test_resuming_passes_over_a_damaged_checkpoint_and_takes_no_step_too_many(tmp_path, tiny_model_dir, caplog):
     trainer = run(tmp_path, tiny_model_dir, **LONG, **SAVED)
     folder = tmp_path / "run"
