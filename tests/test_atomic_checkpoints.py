@@ -203,8 +203,8 @@ def test_a_checkpoint_that_was_complete_before_its_rename_is_put_in_place(tmp_pa
     assert marked_damage(tmp_path / "checkpoint-4") is None
 
 
-@pytest.mark.parametrize("is_new_complete", [True, False])
-def test_a_kill_between_two_renames_leaves_the_new_checkpoint_or_the_old(tmp_path, is_new_complete):
+@pytest.mark.parametrize("lost", [None, MARKER, "distinguisher/head.json"])
+def test_a_kill_between_two_renames_leaves_the_new_checkpoint_or_the_old(tmp_path, lost):
     """The one that stood there has been moved out of the way, and the other has not yet come."""
     put_in_place(write(tmp_path, 4, "old"), tmp_path / "checkpoint-4")
     put_in_place(write(tmp_path, 5, "new"), tmp_path / "checkpoint-5")
@@ -212,10 +212,10 @@ def test_a_kill_between_two_renames_leaves_the_new_checkpoint_or_the_old(tmp_pat
     beside.mkdir()
     os.replace(tmp_path / "checkpoint-4", beside / "replaced")
     os.replace(tmp_path / "checkpoint-5", beside / "checkpoint-4")
-    if not is_new_complete:
-        (beside / "checkpoint-4" / MARKER).unlink()
+    if lost is not None:
+        (beside / "checkpoint-4" / lost).unlink()
     settle(beside)
-    assert (tmp_path / "checkpoint-4" / "model.safetensors").read_text() == ("new" if is_new_complete else "old")
+    assert (tmp_path / "checkpoint-4" / "model.safetensors").read_text() == ("new" if lost is None else "old")
     assert not beside.exists()
 
 
