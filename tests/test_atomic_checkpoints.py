@@ -176,6 +176,7 @@ def test_only_folders_of_our_own_are_removed_and_never_through_a_link(tmp_path):
     kept = tmp_path / "kept"
     kept.mkdir()
     (kept / "file").write_text("")
+    put_in_place(write(tmp_path, 5), kept / "checkpoint-5")
     (tmp_path / "_saving-5").symlink_to(kept)
     write(tmp_path, 6)
     (tmp_path / "_saving-6" / "link").symlink_to(kept)
@@ -184,7 +185,7 @@ def test_only_folders_of_our_own_are_removed_and_never_through_a_link(tmp_path):
     clear_leftovers(tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"kept", "_saving-", "_saving-7x", "saving-7", "checkpoint-7"}
-    assert (kept / "file").exists()
+    assert sorted(path.name for path in kept.iterdir()) == ["checkpoint-5", "file"]
     clear_leftovers(tmp_path / "nowhere")
 
 
@@ -217,6 +218,21 @@ def test_a_kill_between_two_renames_leaves_the_new_checkpoint_or_the_old(tmp_pat
     settle(beside)
     assert (tmp_path / "checkpoint-4" / "model.safetensors").read_text() == ("new" if lost is None else "old")
     assert not beside.exists()
+
+
+def test_a_link_that_stood_at_the_place_is_put_back_after_a_kill(tmp_path):
+    """As where a checkpoint was moved to another disk; and nothing is moved over what stands there by now."""
+    put_in_place(write(tmp_path, 4, "old"), tmp_path / "elsewhere")
+    beside = unfinished_folder(tmp_path, 4)
+    for text in ("old", "new"):
+        beside.mkdir()
+        (beside / "replaced").symlink_to(tmp_path / "elsewhere")
+        settle(beside)
+        assert (tmp_path / "checkpoint-4" / "model.safetensors").read_text() == text
+        assert (tmp_path / "elsewhere").is_dir()
+        if text == "old":
+            (tmp_path / "checkpoint-4").unlink()
+            put_in_place(write(tmp_path, 4, "new"), tmp_path / "checkpoint-4")
 
 
 def test_a_checkpoint_that_stands_at_the_place_is_replaced(tmp_path):

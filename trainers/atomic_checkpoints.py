@@ -40,8 +40,9 @@ def settle(folder: Path) -> None:
     if match is not None and folder.is_dir() and not folder.is_symlink():
         name = f"checkpoint-{match[1]}"
         place, written, replaced = folder.parent / name, folder / name, folder / REPLACED
-        found = written if _is_complete(written) else replaced
-        if found.is_dir() and not found.is_symlink() and not place.exists():
+        is_complete = is_marked(written) and marked_damage(written) is None
+        found = written if is_complete else replaced
+        if found.is_dir() and not place.exists():
             os.replace(found, place)
             _flush(folder.parent)
     discard(folder)
@@ -126,10 +127,6 @@ def _altered(checkpoint: Path, name: str, sha256: str) -> str | None:
     except OSError as error:  # such as a bad sector
         return f"{name} cannot be read ({error.strerror})"
     return None if is_same else f"{name} is not what was saved, its SHA-256 differs"
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    return not checkpoint.is_symlink() and is_marked(checkpoint) and marked_damage(checkpoint) is None
 
 
 def _sha256(file: Path) -> str:
