@@ -97,7 +97,9 @@ def base(shape: Shape = FULL, folder: Path = PARTS) -> Path:
 
 def load(path: Path) -> tuple[PreTrainedModel, Any]:
     """Model and tokenizer, in fp32."""
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), AutoTokenizer.from_pretrained(path)
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, trust_remote_code=False
+    ), AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
 def _tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
