@@ -78,7 +78,7 @@ def test_a_file_that_cannot_be_read_is_passed_over_like_one_that_is_damaged(chec
     monkeypatch.setattr(atomic_checkpoints.hashlib, "file_digest", bad_sector)
     assert marked_damage(checkpoint) == "distinguisher/head.json cannot be read (Input/output error)"
     assert marked_damage(checkpoint, reads_all=False) is None
-    monkeypatch.setattr(atomic_checkpoints.Path, "read_bytes", lambda path: bad_sector(path, ""))
+    monkeypatch.setattr(atomic_checkpoints, "read_object", lambda path: bad_sector(path, ""))
     assert marked_damage(checkpoint) == f"{MARKER} cannot be read (Input/output error)"
 
 
