@@ -36,9 +36,9 @@ class Sizes(NamedTuple):
 
     shape: Shape = world.FULL
     rows: int = 1200
-    steps: int = 18
+    steps: int = 22
     skipped: int = 3
-    repeats: int = 5
+    repeats: int = 9
     unique: int = 400
     questions: tuple[int, int] = (16, 5)  # of 15 and of 128 tokens, 16 answers each
     drawn: tuple[int, int] = (64, 24)  # answers, tokens of each
@@ -249,7 +249,9 @@ def drawing(base: Path, rows: Dataset, sizes: Sizes) -> dict[str, Any]:
     renderer = Renderer(tokenizer, [tokenizer.pad_token_id], None)
     asked = rows["prompt"][:number]
     tokenizer.padding_side = "left"
-    config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=length, pad_token_id=tokenizer.pad_token_id)
+    # Without an end token here, generation takes the model's own and stops with the last answer.
+    end = tokenizer.pad_token_id
+    config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=length, pad_token_id=end, eos_token_id=end)
 
     def plain() -> None:
         inputs = tokenizer(sorted(asked, key=len), return_tensors="pt", padding=True)

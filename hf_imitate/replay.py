@@ -50,13 +50,21 @@ class ReplayBuffer:
         """Remember an answer."""
         self.entries.append(entry)
 
-    def draw(self, size: int, number: int) -> list[Entry]:
-        """Up to `size` different old answers, the `number`-th draw."""
-        size = min(size, len(self.entries))
-        if size == 0:
-            return []
-        order = np.random.default_rng([self.seed, 3, number]).choice(len(self.entries), size, replace=False)
-        return [self.entries[int(i)] for i in order]
+    def draw(self, size: int, number: int, together: int = 1) -> list[Entry]:
+        """Up to `size` different old answers, the `number`-th draw.
+
+        Args:
+            size: how many.
+            number: of the draw.
+            together: answers to one row come in groups of so many, each as likely as another: they share its question
+                and its human answer.
+        """
+        by_row: dict[int, list[Entry]] = {}
+        for entry in self.entries:
+            by_row.setdefault(entry.row, []).append(entry)
+        groups = [own[i : i + together] for own in by_row.values() for i in range(0, len(own), together)]
+        order = np.random.default_rng([self.seed, 3, number]).permutation(len(groups))
+        return [entry for i in order for entry in groups[i]][:size]
 
     def state(self) -> list[list]:
         """JSON-ready contents."""

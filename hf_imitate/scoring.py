@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_imitate.batching import tokens_at_once
+from hf_imitate.batching import forward_cost, similar_lengths, tokens_at_once
+from hf_imitate.log_probs import chosen_log_probs
 from hf_imitate.rendering import Rendered, collate
 from hf_imitate.side_by_side import (
     lay_side_by_side,
@@ -86,8 +87,7 @@ def score_answers(
     with tqdm(total=len(rows), desc="scoring", disable=not progress) as bar:
         for batch in answer_logits(model, rows, pad_token_id, batch_size):
             logits = batch.logits if temperature == 1.0 else batch.logits / temperature
-            chosen = batch.token.to(logits.device)
-            log_p = logits.gather(1, chosen[:, None]).squeeze(1) - torch.logsumexp(logits, dim=1)
+            log_p = chosen_log_probs(logits, batch.token.to(logits.device))
             log_probs.index_add_(0, batch.row, log_p.cpu().double())
             bar.update(len(batch.indices))
     return log_probs
@@ -205,27 +205,34 @@ class _Reader:
 
     def batches(self, indices: Iterable[int]) -> Iterator[list[int]]:
         """Indices of rows of similar length; the longest come first, so that too little memory shows at once."""
-        lengths = {i: len(self.rows[i].prompt_ids) + len(self.rows[i].answer_ids) for i in indices}
-        chunk: list[int] = []
-        num_logits = 0
-        for index in sorted(lengths, key=lengths.__getitem__, reverse=True):
-            more = len(self.rows[index].answer_ids) * self.vocab_size
-            is_full = chunk and (len(chunk) + 1) * lengths[chunk[0]] > tokens_at_once(self.model.device)
-            if chunk and (is_full or len(chunk) == self.batch_size or num_logits + more > MAX_LOGITS):
-                yield chunk
-                chunk, num_logits = [], 0
-            chunk.append(index)
-            num_logits += more
-        if chunk:
+        own = list(indices)
+        lengths = [len(self.rows[i].prompt_ids) + len(self.rows[i].answer_ids) for i in own]
+        device = self.model.device
+        for batch in similar_lengths(
+            lengths, self.batch_size, forward_cost(device), max_tokens=tokens_at_once(device)
+        )[::-1]:
+            chunk: list[int] = []
+            num_logits = 0
+            for index in (own[i] for i in reversed(batch)):
+                more = len(self.rows[index].answer_ids) * self.vocab_size
+                if chunk and num_logits + more > MAX_LOGITS:
+                    yield chunk
+                    chunk, num_logits = [], 0
+                chunk.append(index)
+                num_logits += more
             yield chunk
 
     def read(self, indices: list[int]) -> AnswerLogits:
-        """One forward over whole rows."""
-        batch = collate([self.rows[i] for i in indices], self.pad_token_id, self.model.device)
-        predicts_answer = torch.zeros_like(batch.answer_mask, dtype=torch.bool)
-        predicts_answer[:, :-1] = batch.answer_mask[:, 1:].bool()
-        positions = torch.arange(batch.input_ids.shape[1], device=self.model.device).expand_as(batch.input_ids)
-        logits, _ = self._forward(batch.input_ids, batch.attention_mask, positions, predicts_answer, use_cache=False)
+        """One forward over whole rows, without the last token of each answer, which predicts none."""
+        rows = [self.rows[i] for i in indices]
+        batch = collate(
+            [row._replace(answer_ids=row.answer_ids[:-1]) for row in rows], self.pad_token_id, self.model.device
+        )
+        width = batch.input_ids.shape[1]
+        first = torch.tensor([len(row.prompt_ids) - 1 if row.answer_ids else width for row in rows])
+        positions = torch.arange(width, device=self.model.device).expand_as(batch.input_ids)
+        predicts = batch.attention_mask.bool() & (positions >= first.to(self.model.device)[:, None])
+        logits, _ = self._forward(batch.input_ids, batch.attention_mask, positions, predicts, use_cache=False)
         return self._answers(indices, logits)
 
     def read_sharing(self, indices: list[int]) -> Iterator[AnswerLogits]:

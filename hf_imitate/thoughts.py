@@ -96,7 +96,7 @@ class ThoughtLaw:
             ids: the tokens. [...].
         """
         processed = self.process(scores, steps)
-        return processed.gather(-1, ids[..., None]).squeeze(-1) - torch.logsumexp(processed, dim=-1)
+        return torch.log_softmax(processed, dim=-1).gather(-1, ids[..., None]).squeeze(-1)
 
     def token_log_probs(self, scores: Tensor, ids: Tensor) -> Tensor:
         """Log-probability of each token given those before it, nats. [B, T].

@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 from collections import Counter
@@ -36,6 +37,24 @@ def test_the_answers_of_one_draw_differ_and_all_come_up_alike():
     # Each comes up in 4 of 10 draws: 800 of 2000, standard deviation 22.
     assert all(abs(count - 800) < 110 for count in counts.values())
     assert len(counts) == 10
+
+
+def test_answers_to_one_row_come_in_groups_and_all_come_up_alike():
+    buffer = ReplayBuffer(100, 0)
+    for number in range(40):
+        buffer.add(Entry(number // 4 if number < 36 else number, Answer(f"answer {number}", True)))
+    counts = Counter()
+    for number in range(2000):
+        drawn = buffer.draw(6, number, together=2)
+        assert len(set(drawn)) == 6
+        counts.update(drawn)
+        # Only answers that stand alone come alone; the last group may be cut.
+        groups = [(row, len(list(same))) for row, same in itertools.groupby(entry.row for entry in drawn)]
+        assert all(row >= 36 or length in (2, 4) for row, length in groups[:-1])
+
+    # Each comes up in about 6 of 40 draws.
+    assert len(counts) == 40
+    assert all(abs(count - 300) < 80 for count in counts.values())
 
 
 def test_the_oldest_answers_go_first():

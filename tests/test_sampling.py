@@ -343,7 +343,8 @@ def test_noise_does_not_depend_on_what_else_is_computed(monkeypatch):
 @pytest.mark.parametrize("bits", [0, 2**64 - 1])
 def test_the_most_extreme_noise_is_finite(monkeypatch, bits):
     class Extreme:
-        def __init__(self, key, counter): ...
+        def __init__(self, key, counter):
+            self.state = {"state": {}}
 
         def random_raw(self, size):
             return np.full(size, bits, dtype=np.uint64)

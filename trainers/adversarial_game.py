@@ -11,7 +11,7 @@ from accelerate.utils import gather
 from torch import Tensor
 
 from hf_imitate.checks import Check, check_name
-from hf_imitate.contest import Round, Scores, run_checks, score_then_update
+from hf_imitate.contest import Round, Scores, merged, run_checks, score_then_update
 from hf_imitate.guards import Guard, Memory
 from hf_imitate.human_rows import ROW_COLUMN, HumanRows, render_humans
 from hf_imitate.losses import imitator_reward, paired_wins, penalize_truncated
@@ -159,13 +159,16 @@ class Game:
         num_old = round(num_new * ratio / (1 - ratio))
         # By batches, not by micro-steps: however a step is split, it draws the same.
         number = step // self.args.steps_per_generation * self.args.distinguisher_steps
-        replayed = [self._old_pairs(num_old, number + k) for k in range(self.args.distinguisher_steps)]
+        # Half as many answers to an old question as to a new one: at a ratio of 0.5, twice as many old questions.
+        together = max(1, most // 2)
+        replayed = [self._old_pairs(num_old, number + k, together) for k in range(self.args.distinguisher_steps)]
         return {"learn_from": learn_from, "replayed": replayed, "lr_scale": lr_scale}
 
-    def _old_pairs(self, size: int, number: int) -> list[Pair]:
-        """This process's share of `size` old pairs."""
-        drawn = self.replay.draw(size, number)[self.accelerator.process_index :: self.accelerator.num_processes]
-        return [entry.pair(self.prompts, self.human_rows) for entry in drawn]
+    def _old_pairs(self, size: int, number: int, together: int) -> list[Pair]:
+        """This process's share of `size` old comparisons, those of one human answer as one pair."""
+        drawn = self.replay.draw(size, number, together)
+        mine = drawn[self.accelerator.process_index :: self.accelerator.num_processes]
+        return merged([entry.pair(self.prompts, self.human_rows) for entry in mine])
 
     def _remember(self, batch: Round, completion_ids: list[list[int]], phase: str) -> None:
         if phase == DISTINGUISHER_WARMUP or self.args.freeze_imitator:

@@ -1,16 +1,19 @@
 """Retrodictive imitation, exact: an imitator is scored by the log-probability it gave to what the human answered."""
 
+import math
 import textwrap
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTTrainer, pack_dataset
 
+from hf_imitate.batching import forward_cost
 from hf_imitate.hub_cards.facts import CardFacts, CardMetric
 from hf_imitate.log_probs import nats_to_bits
 from hf_imitate.rendering import Renderer
@@ -38,6 +41,7 @@ from hf_imitate.trainers.retrodictive_rows import (
     sums_by_row,
 )
 from hf_imitate.trainers.retrodictive_saving import RetrodictiveSaving
+from hf_imitate.trainers.rows_by_length import RowsByLength
 from hf_imitate.trainers.starting_model import starting_model
 from hf_imitate.trainers.tally import Tally
 
@@ -204,7 +208,9 @@ class RetrodictiveTrainer(FiniteSteps, RetrodictiveSaving, SFTTrainer):
         """TRL's loss, weighted, under the normaliser that was chosen; one that is not finite is an error."""
         answers = {name: inputs[name] for name in (*ANSWER_COLUMNS, ROW)}
         inputs = {name: value for name, value in inputs.items() if name not in answers}
-        weighing = Weighing(model, answers[WEIGHT])
+        # Several processes wait for each other in every forward, so they must agree on how many there are.
+        per_forward = forward_cost(self.args.device) if self.accelerator.num_processes == 1 else math.inf
+        weighing = Weighing(RowsByLength(model, per_forward), answers[WEIGHT])
         result = super().compute_loss(weighing, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if return_outputs else result
         check_loss(loss, self.model, self.accelerator, self.state.global_step, "training")
@@ -302,14 +308,14 @@ class Weighing:
     """A model whose scored tokens count by their row's weight; it keeps log p of each as the model gave it.
 
     Args:
-        model ([`~torch.nn.Module`]): gives log p of each token but the first under TRL's fused head.
+        model (`Callable`): gives log p of each token but the first under TRL's fused head.
         weight (`torch.Tensor`): of each token. [B, T].
 
     Attributes:
         log_p (`torch.Tensor`): log p of tokens 1 .. T-1, nats, fp32, 0 where nothing is scored. [B, T-1].
     """
 
-    def __init__(self, model: nn.Module, weight: Tensor):
+    def __init__(self, model: Callable[..., Any], weight: Tensor):
         self.model, self.weight = model, weight[:, 1:]
         self.log_p = torch.zeros_like(self.weight)
 
