@@ -137,15 +137,16 @@ def judged(model: Qwen3ForCausalLM, judge_base: Qwen3ForCausalLM, human: np.ndar
     return {"accuracy": seen.accuracy, "interval": list(seen.interval), "num_pairs": seen.num_pairs}
 
 
-def run_cell(cell: dict[str, Any], num_steps: int = NUM_STEPS) -> dict[str, Any]:
-    """Train one arm from the misfit base of one seed and measure it."""
-    seed, arm = cell["seed"], cell["arm"]
-    human, base_law = laws(seed)
-    base = fit_to_law(new_model(seed), base_law)
-    judge_base = fit_to_law(new_model(seed), base_law)
-    measured = {"tv_start": total_variation(exact_law(base), human)}
-    if arm == "game":
-        measured["judge_start"] = judged(base, judge_base, human, seed)
+def play(
+    base: Qwen3ForCausalLM,
+    judge_base: Qwen3ForCausalLM,
+    rows: Dataset,
+    seed: int,
+    arm: str,
+    num_steps: int,
+    **more: Any,
+) -> list[float]:
+    """Train `base` in one arm; how well its distinguisher knew fresh answers, every 50 steps."""
     with tempfile.TemporaryDirectory() as folder:
         likelihood_only = arm == "likelihood"
         args = AdversarialConfig(
@@ -172,18 +173,31 @@ def run_cell(cell: dict[str, Any], num_steps: int = NUM_STEPS) -> dict[str, Any]
             save_strategy="no",
             logging_steps=50,
             disable_tqdm=True,
+            **more,
         )
         trainer = AdversarialTrainer(
             model=base,
             args=args,
-            train_dataset=human_rows(human, seed),
+            train_dataset=rows,
             distinguisher=judge_base,
             processing_class=tokenizer(),
         )
         if arm == "frozen":
             trainer.add_callback(_FreezeAfterWarmup(trainer))
         trainer.train()
-        measured["curve"] = [h["distinguisher/accuracy_fresh"] for h in trainer.state.log_history if "reward" in h]
+        return [h["distinguisher/accuracy_fresh"] for h in trainer.state.log_history if "reward" in h]
+
+
+def run_cell(cell: dict[str, Any], num_steps: int = NUM_STEPS) -> dict[str, Any]:
+    """Train one arm from the misfit base of one seed and measure it."""
+    seed, arm = cell["seed"], cell["arm"]
+    human, base_law = laws(seed)
+    base = fit_to_law(new_model(seed), base_law)
+    judge_base = fit_to_law(new_model(seed), base_law)
+    measured = {"tv_start": total_variation(exact_law(base), human)}
+    if arm == "game":
+        measured["judge_start"] = judged(base, judge_base, human, seed)
+    measured["curve"] = play(base, judge_base, human_rows(human, seed), seed, arm, num_steps)
     measured["tv_end"] = total_variation(exact_law(base), human)
     if arm == "game":
         measured["judge_end"] = judged(base, fit_to_law(new_model(seed), base_law), human, seed)

@@ -13,10 +13,12 @@ from hf_imitate import (
     LatentRetrodictiveTrainer,
     RetrodictiveConfig,
     RetrodictiveTrainer,
+    audit,
     scoring,
     sparing_head,
 )
-from hf_imitate.replay import ReplayBuffer
+from hf_imitate.rendering import Answer
+from hf_imitate.replay import Entry, ReplayBuffer
 
 VOCABULARY = 150_000
 ANSWER = "a long answer, as answers go"
@@ -99,6 +101,17 @@ def test_scores_hold_a_bounded_number_of_scores(large, monkeypatch):
     assert length < seen.rows <= 2 * length
 
 
+def test_an_audit_holds_a_bounded_number_of_scores(large, monkeypatch):
+    model, tokenizer = large
+    length = len(tokenizer(ANSWER)["input_ids"]) + 1
+    monkeypatch.setattr(scoring, "MAX_LOGITS", 2 * length * VOCABULARY)  # two answers at once
+    imitator = Imitator(model, tokenizer, max_new_tokens=2)
+    with Largest() as seen:
+        audit(imitator, data(12), judges=["surface"], output_dir=None, progress=False)
+    # Draws hold the law of the last token alone, in fp64: two for each of twelve answers.
+    assert length < seen.rows <= 2 * length < 0.2 * tokens_in(tokenizer, 12)
+
+
 def parameters(*models):
     """Numbers of weights that lie in different places."""
     found = {p.untyped_storage().data_ptr(): p.numel() for model in models for p in model.parameters()}
@@ -125,6 +138,6 @@ def test_imitator_and_retrodictor_share_one_base(tiny_model_dir, tmp_path):
 def test_replay_keeps_a_fixed_number_of_answers():
     replay = ReplayBuffer(capacity=3)
     for row in range(10):
-        replay.add(row, "question", (f"answer {row}", True))
+        replay.add(Entry(row, Answer(f"answer {row}", True)))
     assert [entry.row for entry in replay.entries] == [7, 8, 9]
     assert ReplayBuffer().entries.maxlen == 2048

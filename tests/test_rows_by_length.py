@@ -36,7 +36,7 @@ def test_values_and_gradients_are_those_of_one_forward(make):
     model = make()
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
     shapes, gradients = Shapes(model), []
-    parts = RowsByLength(shapes, per_forward=1.0)(**batch(), fused_lm_head=True)
+    parts = RowsByLength(shapes, per_forward=4.0)(**batch(), fused_lm_head=True)
     whole = model(**batch(), fused_lm_head=True)
 
     assert shapes.read == [(4, 4), (3, 12)]
@@ -58,5 +58,5 @@ def test_else_it_is_the_model_itself(changes):
     model = qwen()
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
     shapes = Shapes(model)
-    RowsByLength(shapes, 1.0 if changes else math.inf)(**batch() | changes, fused_lm_head=True)
+    RowsByLength(shapes, 4.0 if changes else math.inf)(**batch() | changes, fused_lm_head=True)
     assert shapes.read == [(7, 12)]
