@@ -23,7 +23,7 @@ from typing import Any
 
 KINDS = ("adversarial", "retrodictive", "latent")
 CELLS = [{"kind": kind, "where": where} for kind in KINDS for where in ("saving", "between")]
-NUM_AT_RANDOM = 16
+NUM_AT_RANDOM = 24
 LEAST_POINTS = 200
 PROGRAM = "import sys; from benchmarks.worlds.reliability import kills; kills.main(*sys.argv[1:])"
 CHECKOUT = Path(__file__).resolve().parents[3]
