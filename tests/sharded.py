@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from trl.trainer.utils import add_fused_lm_head
 
 from hf_imitate.pairs import Pair
 from hf_imitate.rendering import Answer
@@ -25,11 +26,14 @@ def each_process(folder: Path, model: Path) -> None:
     trainer = make(folder, model, full=True, per_device_train_batch_size=4, use_cpu=True)
     rank = trainer.accelerator.process_index
     shards, whole = load(model), load(model)
+    for one in (shards, whole):
+        add_fused_lm_head(one, outputs=("log_probs",))  # GRPO does so with its own
     mesh = init_device_mesh("cpu", (2,))
     for layer in shards.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(shards, mesh=mesh)
     likelihood, learner = trainer.likelihood, trainer.game.learner
+    likelihood.head = None  # as on GPUs, where TRL's fused head is asked
     mine, all_rows = likelihood.draw(0), likelihood.rows.draw(0, 8)
     loss = likelihood.loss(shards, mine)
     loss.backward()
