@@ -227,6 +227,8 @@ OVERRIDES = {
     "create_model_card": SFTTrainer,
     "_get_num_items_in_batch": Trainer,
     "_load_best_model": Trainer,
+    "_load_from_checkpoint": Trainer,
+    "_load_rng_state": Trainer,
     "_load_optimizer_and_scheduler": Trainer,
     "_save_optimizer_and_scheduler": Trainer,
     "_save_checkpoint": SFTTrainer,
