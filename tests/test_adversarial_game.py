@@ -149,8 +149,8 @@ def test_a_budget_keeps_the_likelihood_of_humans_where_the_game_would_spend_it(t
             arguments={"reward_funcs": unlike_humans},
             imitator_warmup_steps=40,
             imitator_warmup_learning_rate=3e-3,
-            learning_rate=3e-3,
-            max_steps=40,
+            learning_rate=1e-3,  # at three times as much the game outruns the moving average on some seeds
+            max_steps=60,
             max_completion_length=5,
             **limit,
         )
