@@ -1,5 +1,6 @@
 """The bench takes turns fairly, states ratios rightly, and runs to its table at a tiny size."""
 
+import logging
 import threading
 
 import pytest
@@ -77,6 +78,15 @@ def test_a_target_is_met_by_the_worse_end_of_the_interval(tmp_path):
     assert not passed
     speed.plot(made_up(0.6, 1.0), tmp_path / "ratios.png")
     assert (tmp_path / "ratios.png").stat().st_size > 10_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loggers_as_they_were():
+    """A benchmark is a process of its own and switches off what trainers say; these tests share theirs."""
+    levels = {name: logging.getLogger(name).level for name in ("transformers", "trl", "accelerate", "hf_imitate")}
+    yield
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
 
 
 @pytest.fixture(scope="module")
