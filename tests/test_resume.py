@@ -214,7 +214,7 @@ def test_a_run_killed_while_it_saves_rotates_or_learns_resumes_to_the_same_bits(
     """A few points of the sweep in `benchmarks/reliability.py`: each child dies by a real SIGKILL."""
     points = [
         {"step": 3, "event": "store optimizer.pt", "torn": True},
-        {"step": 4, "event": "store adversarial_state_0.safetensors", "torn": True},
+        {"step": 4, "event": "flush adversarial_state_0.safetensors", "torn": True},
         {"step": 7, "event": "rename new", "torn": False},
         {"step": 5, "event": "remove adapter_config.json", "torn": False},
         {"step": 8, "moment": "on_pre_optimizer_step"},  # one generation batch serves steps 4 to 7, the next step 8

@@ -211,7 +211,9 @@ class Watch:
         if event == "open":
             path, mode = arguments[0], arguments[1]
             if isinstance(path, str | os.PathLike) and mode is not None and set(mode) & set("wxa+"):
-                self._happens("flush" if "+" in mode else "write", os.fspath(path))
+                self._happens("write", os.fspath(path))
+            elif isinstance(path, str | os.PathLike) and mode is None and os.path.isfile(path):
+                self._happens("flush", os.fspath(path))  # by `os.open`, as nothing else here is
         elif event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir"):
             path, is_within = arguments[0], arguments[-1] != -1  # of a folder that is being removed
             if isinstance(path, str | os.PathLike):
