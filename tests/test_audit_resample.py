@@ -22,6 +22,9 @@ from test_residual_imitator import (
     says_wanted,
     thinking,
 )
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from hf_imitate.audits.audit_plan import fingerprint
 from hf_imitate.audits.evidence import collect_evidence
@@ -279,6 +282,9 @@ def test_a_fingerprint_sees_every_part_of_a_distinguisher(checked):
         change(distinguisher)
         seen.add(fingerprint(distinguisher))
     assert len(seen) == 1 + len(changes)
+    ab, ba = (WordLevel({word: i for i, word in enumerate(words)}, unk_token="a") for words in ("ab", "ba"))
+    ours, theirs = (PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words)) for words in (ab, ba))
+    assert fingerprint(ours) != fingerprint(theirs)  # of one size
     loop = {"x": torch.ones(2)}
     loop["self"] = loop
     assert fingerprint(loop) == fingerprint(loop)

@@ -124,7 +124,7 @@ def _chosen_by(resampled: ResampledLaw | None) -> dict[str, Any]:
 def fingerprint(value: Any) -> str:
     """Hash of everything that a distinguisher of any kind is made of: weights, arrays, settings; of checks, the names.
 
-    Tokenizers count by their kind and size: they come with the weights.
+    Tokenizers count by their vocabulary and special tokens.
     """
     digest = hashlib.blake2b(digest_size=32)
     _add(digest, value, set())
@@ -144,7 +144,7 @@ def _add(digest: "hashlib.blake2b", value: Any, seen: set[int]) -> None:
     elif isinstance(value, nn.Module):
         digest.update(weights_fingerprint(value).encode())
     elif isinstance(value, PreTrainedTokenizerBase):
-        digest.update(str(len(value)).encode())
+        digest.update(repr((sorted(value.get_vocab().items()), value.special_tokens_map)).encode())
     elif isinstance(value, Mapping):
         for key in sorted(value, key=repr):
             digest.update(repr(key).encode())
