@@ -22,7 +22,11 @@ def kept(name: str, folder: Path, settings: Sequence[Any], build: Callable[[Path
             facts = build(made)
             facts["cpu_seconds"] = round(time.process_time() - begun, 1)
             (made / "made.json").write_text(json.dumps(facts), encoding="utf-8")
-            made.rename(path)
+            try:
+                made.rename(path)
+            except OSError:
+                if not path.exists():  # else another process was first
+                    raise
     return path
 
 

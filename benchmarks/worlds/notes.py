@@ -1,8 +1,8 @@
 """People who write short notes: a law that is varied, known exactly, and too long for a short memory.
 
-The question is a number of four digits. A human opens a note in one of three ways, says the digits as they were asked
-for, now and then without one of them, adds kind words, and closes the note as it was opened. Opening, digits and words
-are independent, so the law of an answer is a product, and a judge who knows both laws exists: the oracle.
+The question is a number of four digits, to base 12. A human opens a note in one of three ways, says the digits as they
+were asked for, now and then without one of them, adds kind words, and closes the note as it was opened. Opening, digits
+and words are independent, so the law of an answer is a product, and a judge who knows both laws exists: the oracle.
 
 Who remembers only the last few characters knows everything but how the note was opened. What that costs at least is
 computed by enumeration ([`entropy_with_memory`]), whatever the weights, the seed and the training.
@@ -20,7 +20,7 @@ from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-DIGITS, NUM_ASKED = "0123456789", 4
+DIGITS, NUM_ASKED = "0123456789AB", 4  # enough questions for every kind of row
 FORGETS = 0.3
 FRAMES = {"()": 0.5, "[]": 0.3, "{}": 0.2}  # how a note is opened and closed
 WORDS = {"thankyou": 0.4, "goodluck": 0.3, "takecare": 0.2, "farewell": 0.1}

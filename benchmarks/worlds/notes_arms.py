@@ -40,10 +40,10 @@ TIMINGS = 3
 class Sizes(NamedTuple):
     """How many rows there are of each kind, and for how many steps each model is trained."""
 
-    train: int = 3700
+    train: int = 5000
     few: int = 400  # of the training rows, those that an imitator of few rows is shown
     unanswered: int = 2400
-    dev: int = 700
+    dev: int = 3000
     test: int = 3000
     scored: int = 250  # of the test questions, those whose probabilities are estimated
     judge_rows: int = 2400
