@@ -247,7 +247,8 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         elif entry["cell"]["part"] == "memory":
             right.axhline(entry["result"]["bits_at_least"], color="black", lw=0.7, ls="--")
     right.set_xscale("log", base=2)
-    right.set_xlabel("CPU ms per answer: K = 1 to 16 (square: the larger model)")
+    right.xaxis.set_major_formatter("{x:g}")
+    right.set_xlabel("CPU ms per answer, K = 1, 2, 4, 8, 16\n(squares: the larger model)")
     right.set_ylabel("bits per human answer\n(dashed: short memory; dotted: human)")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

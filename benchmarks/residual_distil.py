@@ -1,10 +1,10 @@
 """Rounds of distillation on the notes: what of the gain of one-of-8 stays in the weights, at K = 1.
 
 The imitator could hold the human's law, since it sees everything, but was shown 400 rows; the distinguisher has read
-3 700, as a language model first. A round keeps one of 8 answers to each of 2 400 questions that no human answered,
-twice, learns these and the 400 rows by likelihood from where the imitator was, and fits a fresh distinguisher to the
-new imitator ([`worlds.notes_arms.distilled`]). Two rounds; all questions are asked in each. Claimed: one round keeps
-at least half of what one-of-8 gained, of the judges' advantage and of the bits. More rounds are reported.
+5 000, as a language model first. A round keeps one of 8 answers to each of 2 400 questions that no human answered,
+four times, learns these and the 400 rows by likelihood from where the imitator was, and fits a fresh distinguisher to
+the new imitator ([`worlds.notes_arms.distilled`]). Two rounds; all questions are asked in each. Claimed: one round
+keeps at least half of what one-of-8 gained, of the judges' advantage and of the bits. More rounds are reported.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ from benchmarks.worlds.notes_arms import FULL, PARTS, Sizes
 from hf_imitate.log_probs import nats_to_bits
 
 ROUNDS = (1, 2)
-SEEDS = [71, 72, 73]  # chosen before their first run; the settings were found on seed 100
+SEEDS = [74, 75, 76]  # chosen before their first run; the settings were found on seeds 71 and 100: docs/log.md
 CELLS = [
     *({"part": "training", "seed": seed, "round": number} for seed in SEEDS for number in ROUNDS),
     *({"part": "judges", "seed": seed, "judge": judge} for seed in SEEDS for judge in residual.JUDGES),

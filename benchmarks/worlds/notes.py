@@ -1,8 +1,8 @@
 """People who write short notes: a law that is varied, known exactly, and too long for a short memory.
 
 The question is a number of four digits, to base 12. A human opens a note in one of three ways, says the digits as they
-were asked for, now and then without one of them, adds kind words, and closes the note as it was opened. Opening, digits
-and words are independent, so the law of an answer is a product, and a judge who knows both laws exists: the oracle.
+were asked for, now and then without one, adds kind words, and closes the note as it was opened. Opening, digits and
+words are independent, so the law of an answer is a product, and a judge who knows both laws exists: the oracle.
 
 Who remembers only the last few characters knows everything but how the note was opened. What that costs at least is
 computed by enumeration ([`entropy_with_memory`]), whatever the weights, the seed and the training.

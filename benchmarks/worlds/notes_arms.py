@@ -30,7 +30,7 @@ from hf_imitate.rendering import Answer
 
 PARTS = Path(__file__).parent.parent / "results" / "partial" / "residual"
 BATCH, SMALL_RATE, LARGE_RATE, JUDGE_LM_RATE, MORE_RATE = 64, 1e-2, 6e-3, 5e-3, 3e-3
-PICKED_PER_QUESTION, DISTIL_RATE = 2, 5e-3
+PICKED_PER_QUESTION, DISTIL_RATE = 4, 5e-3
 DISTINGUISHER_RATE = 5e-4
 JUDGE_BATCH, JUDGE_RATE = 32, 7e-4
 ANSWER_BATCH = 512
@@ -54,7 +54,7 @@ class Sizes(NamedTuple):
     same_size: tuple[int, int, float] = (250, 128, 0.3)  # enough held-out questions to say that there is no signal
     judge_lm_steps: int = 350
     judge_steps: int = 150
-    distil_steps: int = 400
+    distil_steps: int = 800
 
 
 FULL = Sizes()
