@@ -36,9 +36,9 @@ class Sizes(NamedTuple):
 
     shape: Shape = world.FULL
     rows: int = 1200
-    steps: int = 22
+    steps: int = 63
     skipped: int = 3
-    repeats: int = 9
+    repeats: int = 15
     unique: int = 400
     questions: tuple[int, int] = (16, 5)  # of 15 and of 128 tokens, 16 answers each
     drawn: tuple[int, int] = (64, 24)  # answers, tokens of each

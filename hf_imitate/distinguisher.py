@@ -194,9 +194,8 @@ class Distinguisher:
         weights = dict.fromkeys(check_names(checks), 0.0) if check_weights is None else check_weights
         self.checks = tuple(checks)
         self.check_names = tuple(weights)
-        self.check_weights = nn.Parameter(
-            torch.tensor(list(weights.values()), dtype=torch.float32, device=self.device)
-        )
+        start = torch.tensor(list(weights.values()), dtype=torch.float32, device=self.device)
+        self.check_weights = nn.Parameter(start)
 
     def set_checks(self, checks: Sequence[Check]) -> None:
         """Score with these checks: the ones it was trained with, or, if it had none, new ones at weight 0.
@@ -327,8 +326,7 @@ class Distinguisher:
         texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
         ended = [True] * len(texts)
         if completion_ids is not None:
-            ends = set(self.renderer.end_token_ids)
-            ended = [not ends.isdisjoint(ids) for ids in completion_ids]
+            ended = [not set(self.renderer.end_token_ids).isdisjoint(ids) for ids in completion_ids]
         outcomes = None
         if self.check_names:
             if not self.checks:

@@ -12,7 +12,13 @@ from transformers import PreTrainedModel
 from hf_imitate.side_by_side import side_by_side, split_before_last
 
 IGNORED = -100
+READ = ("input_ids", "attention_mask", "labels")
 _PER_TOKEN = ("log_probs", "entropy", "is_top1")
+
+
+def is_padded_text(inputs: dict[str, Any]) -> bool:
+    """Whether TRL's fused head is asked about a padded batch of text and nothing else."""
+    return bool(inputs.get("fused_lm_head")) and set(inputs) - {"use_cache", "fused_lm_head"} == set(READ)
 
 
 def causal_lm_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel | None:
@@ -38,29 +44,30 @@ class QuestionsReadOnce:
     def __init__(self, model: Any, causal_lm: Any, pad_token_id: int):
         self.model, self.causal_lm, self.pad_token_id = model, causal_lm, pad_token_id
 
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **more: Any) -> Any:
-        is_answer = labels != IGNORED
-        parts = None
-        if set(more) - {"use_cache"} == {"fused_lm_head"}:
-            parts = self._parts(input_ids, attention_mask.bool() & ~is_answer, is_answer)
+    def __call__(self, **inputs: Any) -> Any:
+        parts = self._parts(**{name: inputs[name] for name in READ}) if is_padded_text(inputs) else None
         if parts is None:
-            return self.model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **more)
+            return self.model(**inputs)
         (laid, order), answers, numbers = parts
-        is_read, is_token = laid.scatter(laid.is_token().long(), 0).bool(), laid.is_token()
-        targets = torch.tensor([token for i in order for token in answers[i]], device=input_ids.device)
-        with _head_reads_only(self.causal_lm.base_model, is_read):
+        is_token, device = laid.is_token(), inputs["input_ids"].device
+        targets = torch.tensor([token for i in order for token in answers[i]], device=device)
+        options = {name: value for name, value in inputs.items() if name not in READ}
+        with _head_reads_only(self.causal_lm.base_model, laid.scatter(is_token.long(), 0).bool()):
             # The head is given the answers' states in a row of their own, so the targets lie likewise.
-            outputs = self.model(**laid.inputs(self.causal_lm), shift_labels=targets[None], **more)
-        place = torch.tensor([numbers[i] for i in order], device=input_ids.device)
+            outputs = self.model(**laid.inputs(self.causal_lm), shift_labels=targets[None], **options)
+        is_answer = inputs["labels"][:, 1:] != IGNORED
+        place = torch.tensor([numbers[i] for i in order], device=device)
         for name in _PER_TOKEN:
             values = getattr(outputs, name)
             if values is not None:
-                setattr(outputs, name, _at_answers(values[0], is_token, place, is_answer[:, 1:]))
-        outputs.label_mask = is_answer[:, 1:]
+                setattr(outputs, name, _at_answers(values[0], is_token, place, is_answer))
+        outputs.label_mask = is_answer
         return outputs
 
-    def _parts(self, input_ids: Tensor, is_question: Tensor, is_answer: Tensor) -> tuple | None:
+    def _parts(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple | None:
         """The rows that have an answer, side by side; their answers, and which rows they are."""
+        is_answer = labels != IGNORED
+        is_question = attention_mask.bool() & ~is_answer
         ids, question, answer = input_ids.tolist(), is_question.tolist(), is_answer.tolist()
         before, after, answers, numbers = [], [], [], []
         for number, (row, asks, scored) in enumerate(zip(ids, question, answer, strict=True)):
