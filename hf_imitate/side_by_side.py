@@ -181,8 +181,8 @@ def lay_side_by_side(
     # Padding sees itself: no token sees nothing.
     branch, stem = torch.full(shape, -1), torch.full(shape, -1)
     for r, row in enumerate(flat):
-        for laid, values in zip((ids, positions, branch, stem), (row.ids, row.at, row.branch, row.stem), strict=True):
-            laid[r, : len(values)] = torch.tensor(values, dtype=torch.long)
+        for all_rows, own in zip((ids, positions, branch, stem), (row.ids, row.at, row.branch, row.stem), strict=True):
+            all_rows[r, : len(own)] = torch.tensor(own, dtype=torch.long)
     branch, stem = branch.to(device), stem.to(device)
     is_earlier = torch.ones(shape[1], shape[1], dtype=torch.bool, device=device).tril_()
     sees = ((branch[:, None, :] == stem[:, :, None]) | (branch[:, None, :] == branch[:, :, None])) & is_earlier

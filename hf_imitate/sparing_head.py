@@ -86,20 +86,20 @@ class SparingHead:
             rows: questions and answers. B.
             pad_token_id: fills, and is never read.
         """
-        parts = self._laid(rows, pad_token_id)
-        if parts is None:
+        shared = self._laid(rows, pad_token_id)
+        if shared is None:
             batch = collate(rows, pad_token_id, self.causal_lm.device)
             inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-            is_answer, targets = batch.answer_mask[:, 1:].bool(), batch.input_ids[:, 1:]
-            states, place = self.last_states(model, inputs)[:, :-1], slice(None)
-            log_p = self.map_scores(chosen_log_probs, states[is_answer], targets[is_answer])
+            states, is_answer = self.last_states(model, inputs)[:, :-1], batch.answer_mask[:, 1:].bool()
+            order = list(range(len(rows)))
         else:
-            laid, order = parts
-            is_answer, place = laid.is_token(), torch.tensor(order, device=laid.row.device).argsort()
-            targets = torch.tensor([token for i in order for token in rows[i].answer_ids], device=laid.row.device)
+            laid, order = shared
             states = laid.of_continuations(self.last_states(model, laid.inputs(self.causal_lm) | {"use_cache": False}))
-            log_p = self.map_scores(chosen_log_probs, states[is_answer], targets)
-        return log_p.new_zeros(is_answer.shape).masked_scatter(is_answer, log_p).sum(dim=1)[place]
+            is_answer = laid.is_token()
+        targets = torch.tensor([token for i in order for token in rows[i].answer_ids], device=states.device)
+        log_p = self.map_scores(chosen_log_probs, states[is_answer], targets)
+        sums = log_p.new_zeros(is_answer.shape).masked_scatter(is_answer, log_p).sum(dim=1)
+        return sums[torch.tensor(order, device=sums.device).argsort()]
 
     def _laid(self, rows: Sequence[Rendered], pad_token_id: int) -> tuple[SideBySide, list[int]] | None:
         if not self.can_share or not all(row.prompt_ids and row.answer_ids for row in rows):

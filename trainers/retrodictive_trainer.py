@@ -212,7 +212,7 @@ class RetrodictiveTrainer(FiniteSteps, RetrodictiveSaving, SFTTrainer):
         inputs = {name: value for name, value in inputs.items() if name not in answers}
         # Several processes wait for each other in every forward, so they must agree on how many there are.
         per_forward = forward_cost(self.args.device) if self.accelerator.num_processes == 1 else math.inf
-        reading = RowsByLength(model, per_forward)
+        reading: Callable[..., Any] = RowsByLength(model, per_forward)
         if self._causal_lm is not None:
             reading = QuestionsReadOnce(reading, self._causal_lm, self._tokenizer.pad_token_id)
         weighing = Weighing(reading, answers[WEIGHT])
