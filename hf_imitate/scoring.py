@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_imitate.batching import CPU_FORWARD, forward_cost, similar_lengths, tokens_at_once
+from hf_imitate.batching import forward_cost, similar_lengths, tokens_at_once
 from hf_imitate.log_probs import chosen_log_probs
 from hf_imitate.rendering import Rendered, collate
 from hf_imitate.side_by_side import (
@@ -191,15 +191,14 @@ class _Reader:
         self.can_share = not is_prompt_tuned and reads_side_by_side(self.causal_lm)
 
     def sharing(self) -> list[int]:
-        """Answers whose question is read once for several of them: where enough of its tokens are spared, and in all
-        as many as a forward of their own costs."""
+        """Answers whose question is read once for several of them: where enough of its tokens are spared."""
         by_question: dict[tuple[int, ...], list[int]] = {}
         for index, row in enumerate(self.rows):
             if row.answer_ids:
                 by_question.setdefault(tuple(row.prompt_ids), []).append(index)
-        shared = {ids: own for ids, own in by_question.items() if self._sharing_pays(len(ids), own)}
-        spared = sum(len(ids) * (len(own) - 1) for ids, own in shared.items())
-        return [index for own in shared.values() for index in own] if spared >= CPU_FORWARD else []
+        return [
+            index for ids, indices in by_question.items() if self._sharing_pays(len(ids), indices) for index in indices
+        ]
 
     def _sharing_pays(self, num_prompt_tokens: int, indices: list[int]) -> bool:
         return sharing_pays([[0] * num_prompt_tokens] * len(indices), [self.rows[i].answer_ids for i in indices])

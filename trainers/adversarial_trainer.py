@@ -46,6 +46,7 @@ from hf_imitate.trainers.adversarial_setup import (
     GivenDistinguisher,
     PhaseCallback,
     build_distinguisher,
+    draw_despite_nans,
     lm_warmup_steps,
     preserved_random_state,
     settle_renderer,
@@ -302,7 +303,13 @@ class AdversarialTrainer(FiniteSteps, AdversarialSaving, AdversarialPlan, GRPOTr
 
     def _generate(self, prompts: list):
         with merged_adapter(self.model):
-            return super()._generate(prompts)
+            try:
+                return super()._generate(prompts)
+            except RuntimeError:
+                if self.use_vllm or self.generation_config.remove_invalid_values:
+                    raise
+                draw_despite_nans(self)
+                return super()._generate(prompts)
 
     def _tokenize_prompts(self, prompts: list):
         """The very ids that the human's answer stands after, in training and to the distinguisher."""
