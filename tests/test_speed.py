@@ -118,6 +118,17 @@ def test_an_exponent_is_the_slope_on_logarithmic_axes():
     assert speed_scaling.exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
 
 
+@pytest.mark.parametrize("axis", ["answer tokens", "thoughts", "audited questions"])
+def test_costs_are_measured_along_each_axis_at_a_tiny_size(axis, folder, monkeypatch):
+    monkeypatch.setattr(speed_scaling, "FRESH", world.TINY)
+    monkeypatch.setattr(speed_scaling.speed, "FULL", speed.TINY)
+    value = {"audited questions": 40, "thoughts": 2}.get(axis, 8)
+    tiny = speed_scaling.Sizes(steps=2, skipped=1, rows=48)
+    result = speed_scaling.run_cell({"axis": axis, "value": value}, tiny, folder)
+    assert min(result["seconds"]) > 0
+    assert result["bytes"] > 1000
+
+
 def test_live_memory_counts_what_is_held_at_once():
     import torch
 
