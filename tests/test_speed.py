@@ -114,6 +114,17 @@ def test_scores_agree_with_lm_evaluation_harness_while_both_are_timed(folder):
     assert speed.run_cell(cell, speed.TINY, folder)["max_difference"] < speed.DIFFERENCE
 
 
+def test_the_bound_counts_padding_questions_and_heads():
+    """4 096 words of width 192; a head of 786 432 weights, 6 layers of 442 816."""
+    model = world.new_model(world.FULL, 0, 1)
+    body, head = 6 * 442_816, 786_432
+    # Two texts of 6 and 4 tokens to be read; 3 and 2 of them are scored.
+    alone = speed.operations_bound(model, [([1, 2, 3, 4], [5, 6, 7]), ([1, 2, 3], [5, 6])])
+    assert alone == pytest.approx(12 * (body + head) / (10 * body + 5 * head))
+    together = speed.operations_bound(model, [([1, 2, 3], [5, 6, 7]), ([1, 2, 3], [8])])
+    assert together == pytest.approx(10 * (body + head) / (6 * body + 4 * head))
+
+
 def test_an_exponent_is_the_slope_on_logarithmic_axes():
     assert speed_scaling.exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
 
