@@ -418,7 +418,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         [f"{row['ours']}\nagainst {row['theirs']}, {row['measure']}" for row in reversed(table)],
         fontsize=7,
     )
-    left.set_title("Ratio, 95 % interval, and target (|)", fontsize=10)
+    left.set_title("Ratio, 95 % interval, and target (|): green where the worse end meets it", fontsize=10)
     names = sorted(shares, key=shares.__getitem__)
     right.barh(names, [shares[name] for name in names], color="#2166ac")
     for y, name in enumerate(names):
