@@ -6,7 +6,6 @@ the tensors made in one step or audit hold at once.
 
 import contextlib
 import io
-import math
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -181,12 +180,15 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         for line, (name, power) in enumerate((("seconds", "exponent"), ("MiB", "memory_exponent"))):
             panel = panels[line][column]
             costs = [float(cost) for cost in row[name].split(", ")]
-            panel.loglog(values, costs, "o-", color="#2166ac" if line == 0 else "#b35806")
+            in_proportion = [costs[0] * value / values[0] for value in values]
+            panel.loglog(values, in_proportion, "--", color="#999999", label="in proportion")
+            panel.loglog(values, costs, "o-", color="#2166ac" if line == 0 else "#b35806", label="measured")
             panel.set_xticks(values, [f"{value:g}" for value in values])
-            low, high = min(costs), max(costs)
-            ticks = [low, math.sqrt(low * high), high]
-            panel.set_yticks(ticks, [f"{tick:.2g}" for tick in ticks])
+            # Of costs that nearly agree, one is named.
+            ticks = [cost for n, cost in enumerate(costs) if all(abs(cost / other - 1) > 0.1 for other in costs[:n])]
+            panel.set_yticks(ticks, [f"{tick:.2f}" if tick < 10 else f"{tick:.0f}" for tick in ticks])
             panel.minorticks_off()
             panel.set_title(f"{row['of']}\n{name}, exponent {row[power]:.2f}", fontsize=8)
             panel.set_xlabel(row["against"], fontsize=8)
+    panels[0][0].legend(fontsize=8)
     figure.savefig(path, dpi=110)

@@ -10,12 +10,16 @@ import torch
 CPU_FORWARD = 64.0
 
 
-def forward_cost(device: torch.device | str) -> float:
+def forward_cost(device: torch.device | str, is_padded: bool = True) -> float:
     """How many padded tokens are worth a forward of its own.
 
     A CPU pays for every padded token, an accelerator for every forward.
+
+    Args:
+        device: of the model.
+        is_padded: whether what shares a forward is padded to the longest; rows side by side are next to not.
     """
-    return CPU_FORWARD if torch.device(device).type == "cpu" else math.inf
+    return CPU_FORWARD if is_padded and torch.device(device).type == "cpu" else math.inf
 
 
 def tokens_at_once(device: torch.device | str) -> float:

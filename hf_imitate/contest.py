@@ -153,6 +153,18 @@ def score_then_update(
         lr_scale: share of the learning rate.
         max_rows: most answers in one forward without gradient.
     """
+    with learner.distinguisher.active():  # once for scores and updates: a switch of adapters visits every module
+        return _score_then_update(learner, batch, learn_from, replayed, lr_scale, max_rows)
+
+
+def _score_then_update(
+    learner: Learner,
+    batch: Round,
+    learn_from: Sequence[int],
+    replayed: Sequence[Sequence[Pair]],
+    lr_scale: float,
+    max_rows: int,
+) -> Scores:
     d = learner.distinguisher
     learned = sorted(learn_from) if replayed else []
     pairs = merged([batch.pair(i) for i in learned])

@@ -11,7 +11,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from hf_imitate.batching import questions_together
+from hf_imitate.batching import forward_cost, questions_together
 from hf_imitate.checks import Check, check_names, check_outcomes
 from hf_imitate.classifier import (
     adapter_config,
@@ -24,7 +24,7 @@ from hf_imitate.classifier import (
 from hf_imitate.distinguisher_files import write_distinguisher
 from hf_imitate.distinguisher_fit import FitReport, fit, mean_loss_and_accuracy
 from hf_imitate.rendering import Answer, Rendered, Renderer, canonical_text, collate, end_token_ids
-from hf_imitate.side_by_side import lay_side_by_side, reads_side_by_side, rows_side_by_side, sharing_pays
+from hf_imitate.side_by_side import reads_side_by_side, side_by_side
 
 __all__ = ["ADAPTER_NAME", "Distinguisher", "FitReport", "fit", "mean_loss_and_accuracy"]
 
@@ -194,8 +194,8 @@ class Distinguisher:
         weights = dict.fromkeys(check_names(checks), 0.0) if check_weights is None else check_weights
         self.checks = tuple(checks)
         self.check_names = tuple(weights)
-        self.check_weights = nn.Parameter(torch.tensor(list(weights.values()), dtype=torch.float32))
-        self.check_weights.data = self.check_weights.data.to(self.device)
+        start = torch.tensor(list(weights.values()), dtype=torch.float32, device=self.device)
+        self.check_weights = nn.Parameter(start)
 
     def set_checks(self, checks: Sequence[Check]) -> None:
         """Score with these checks: the ones it was trained with, or, if it had none, new ones at weight 0.
@@ -249,6 +249,11 @@ class Distinguisher:
         """Tokens of a rendered text: what decides which rows share a forward."""
         return len(row.prompt_ids) + len(row.answer_ids)
 
+    @property
+    def forward_cost(self) -> float:
+        """What a forward of its own is worth, see [`~hf_imitate.batching.forward_cost`]."""
+        return forward_cost(self.device, is_padded=not reads_side_by_side(self._core().base_model))
+
     def text_logits(self, rows: Sequence[Rendered]) -> Tensor:
         """Logit of each rendered text. [N], fp32. The gradient reaches whatever is trainable just now."""
         with self.autocast():
@@ -260,9 +265,9 @@ class Distinguisher:
         """The body's states at each text's last token; questions with several answers are read once. [N, H]."""
         body, pad = self._core().base_model, self.tokenizer.pad_token_id or 0
         before, after = [row.prompt_ids for row in rows], [row.answer_ids for row in rows]
-        if all(after) and sharing_pays(before, after) and reads_side_by_side(body):
-            chunk = rows_side_by_side(before, after, body.config.get_text_config().hidden_size, len(rows))
-            laid, order = lay_side_by_side(chunk, before, after, pad, self.device)
+        shared = side_by_side(body, before, after, pad) if all(before) and all(after) else None
+        if shared is not None:
+            laid, order = shared
             states = body(**laid.inputs(body), use_cache=False).last_hidden_state
             pooled = states[laid.row, laid.start + laid.length - 1]
             return pooled[torch.tensor(order, device=pooled.device).argsort()]
@@ -321,8 +326,7 @@ class Distinguisher:
         texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
         ended = [True] * len(texts)
         if completion_ids is not None:
-            ends = set(self.renderer.end_token_ids)
-            ended = [not ends.isdisjoint(ids) for ids in completion_ids]
+            ended = [not set(self.renderer.end_token_ids).isdisjoint(ids) for ids in completion_ids]
         outcomes = None
         if self.check_names:
             if not self.checks:
@@ -361,13 +365,12 @@ class Distinguisher:
         """Switch a shared base to the distinguisher's adapter, and back with every flag as it was.
 
         Forward, backward and step of one update all happen inside: with gradient checkpointing a switch between
-        forward and backward would recompute the forward under the wrong adapter.
+        forward and backward would recompute the forward under the wrong adapter. Inside another, it does nothing.
         """
-        if self.adapter_name is None:
+        if self.adapter_name is None or self.model.active_adapter == self.adapter_name:
             yield
             return
-        flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
-        previous = self.model.active_adapter
+        flags, previous = [(p, p.requires_grad) for p in self.model.parameters()], self.model.active_adapter
         self.model.set_adapter(self.adapter_name)
         try:
             yield

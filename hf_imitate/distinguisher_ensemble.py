@@ -70,6 +70,11 @@ class DistinguisherEnsemble(Distinguisher):
         """The longest of what the members read."""
         return max(member.size(part) for member, part in zip(self.members, row, strict=True))
 
+    @property
+    def forward_cost(self) -> float:
+        """What pays for each of the members."""
+        return min(member.forward_cost for member in self.members)
+
     def text_logits(self, rows: Sequence[Any]) -> Tensor:
         """Sum of the members' logits of each answer. [N], fp32."""
         parts = zip(self.members, zip(*rows, strict=True), strict=True)

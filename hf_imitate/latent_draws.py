@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from hf_imitate.sampling import GumbelSampler, generation_mode
-from hf_imitate.side_by_side import lay_side_by_side, rows_side_by_side, sharing_pays, split_before_last
+from hf_imitate.side_by_side import side_by_side, split_before_last
 from hf_imitate.sparing_head import SparingHead
 from hf_imitate.thoughts import FREE, ThoughtLaw
 
@@ -165,10 +165,9 @@ def _states(model: Any, head: SparingHead, rows: Sequence[Continuation], pad: in
     """Last hidden states before each token after the questions; past a row's end they mean nothing. [N, T, H]."""
     parts = [split_before_last(*row) for row in rows]
     before, after = [part[0] for part in parts], [part[1] for part in parts]
-    if head.can_share and sharing_pays(before, after):
-        laid, order = lay_side_by_side(
-            rows_side_by_side(before, after, head.width, len(rows)), before, after, pad, device
-        )
+    shared = side_by_side(head.causal_lm, before, after, pad) if head.can_share else None
+    if shared is not None:
+        laid, order = shared
         states = laid.of_continuations(head.last_states(model, laid.inputs(head.causal_lm) | {"use_cache": False}))
         return states[torch.tensor(order, device=states.device).argsort()]
     inputs, longest = _side_padded(rows, pad, device)

@@ -25,13 +25,14 @@ def merged_adapter(model: Any) -> Iterator[None]:
     weights = [layer.get_base_layer().weight for layer in layers]
     kept = [weight.data for weight in weights]
     try:
-        for weight in weights:
+        for layer, weight in zip(layers, weights, strict=True):
             weight.data = weight.data.clone()
-        model.merge_adapter()
+            layer.merge()
         yield
     finally:
-        model.unmerge_adapter()
-        for weight, own in zip(weights, kept, strict=True):
+        for layer, weight, own in zip(layers, weights, kept, strict=True):
+            # Not `unmerge`, which would compute what was added again, to subtract it from a copy that goes.
+            layer.merged_adapters.clear()
             weight.data = own
 
 
@@ -40,6 +41,8 @@ def _layers(model: Any) -> list[Any]:
     if not isinstance(model, PeftModel) or not isinstance(model.active_peft_config, LoraConfig):
         return []
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    if any(any(layer.lora_bias.values()) for layer in layers):
+        return []  # the base's bias would be merged into, too
     weights = [getattr(layer.get_base_layer(), "weight", None) for layer in layers]
     plain = [weight for weight in weights if _is_plain(weight)]
     ids = {id(weight) for weight in plain}

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from hf_imitate.batching import forward_cost
 from hf_imitate.checks import Check
 from hf_imitate.distinguisher import Distinguisher
 from hf_imitate.distinguisher_files import NGRAM, write_settings
@@ -89,6 +90,11 @@ class NgramDistinguisher(Distinguisher):
     def size(self, row: Any) -> int:
         """Features of a row: what decides which rows share a forward."""
         return len(row.indices)
+
+    @property
+    def forward_cost(self) -> float:
+        """Features are never padded."""
+        return forward_cost(self.device, is_padded=False)
 
     def text_logits(self, rows: Sequence[Any]) -> Tensor:
         """Logit of each answer's features. [N], fp32."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_imitate.batching import forward_cost, similar_lengths
+from hf_imitate.batching import similar_lengths
 from hf_imitate.losses import DISTINGUISHER_LOSSES
 from hf_imitate.rendering import Answer
 
@@ -99,7 +99,7 @@ class Learner:
             groups.append({"params": [distinguisher.check_weights], "lr": CHECK_LEARNING_RATE})
             self.parameters = [*self.parameters, distinguisher.check_weights]
             self._clipped_together[0].append(distinguisher.check_weights)
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=BETAS)
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=BETAS, fused=True)
         self.learning_rates = [group["lr"] for group in self.optimizer.param_groups]
 
     def step(self, pairs: Sequence[Pair], lr_scale: float = 1.0) -> StepResult:
@@ -166,7 +166,7 @@ class Learner:
             + len(pair.imitator)
             for pair in pairs
         ]
-        return similar_lengths(lengths, self.max_rows, forward_cost(self.distinguisher.device), rows)
+        return similar_lengths(lengths, self.max_rows, self.distinguisher.forward_cost, rows)
 
     def _forward(self, pairs: Sequence[Pair]) -> list[Logits]:
         d = self.distinguisher

@@ -305,16 +305,13 @@ def collate(rows: Sequence[Rendered], pad_token_id: int, device: torch.device | 
             "causal LM has no law for an answer's first token with nothing before it. Leave empty questions out, or "
             "use a tokenizer that puts a start token first."
         )
-    length = max(len(row.prompt_ids) + len(row.answer_ids) for row in rows)
-    input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
-    answer_mask = torch.zeros_like(input_ids)
-    for i, row in enumerate(rows):
-        start, stop = len(row.prompt_ids), len(row.prompt_ids) + len(row.answer_ids)
-        input_ids[i, :stop] = torch.tensor(row.prompt_ids + row.answer_ids)
-        attention_mask[i, :stop] = 1
-        answer_mask[i, start:stop] = 1
-    return Batch(input_ids.to(device), attention_mask.to(device), answer_mask.to(device))
+    texts = [[*row.prompt_ids, *row.answer_ids] for row in rows]
+    length = max(map(len, texts))
+    input_ids = torch.tensor([text + [pad_token_id] * (length - len(text)) for text in texts])
+    start, stop = (torch.tensor([[len(ids)] for ids in own]) for own in ([row.prompt_ids for row in rows], texts))
+    is_read = torch.arange(length) < stop
+    is_answer = is_read & (torch.arange(length) >= start)
+    return Batch(input_ids.to(device), is_read.long().to(device), is_answer.long().to(device))
 
 
 def end_token_ids(tokenizer: Any, generation_config: Any) -> list[int]:

@@ -1,6 +1,7 @@
 """Several continuations of one text in one row, side by side: the text before them is read once for all of them."""
 
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ class SideBySide(NamedTuple):
         positions     0    1    2   3 4 5 6  3 4  3 4 5
 
     So a continuation's states are those it has after the text alone, and gradients reach the text from all of them.
+    Another text with its own continuations may follow in the row; neither sees the other.
 
     Attributes:
         input_ids, position_ids: [R, L].
@@ -86,22 +88,58 @@ def rows_side_by_side(
     for i, ids in enumerate(before):
         by_text.setdefault(tuple(ids), []).append(i)
 
-    def cost(length: int) -> float:
-        return length + length**2 / (6 * width)
-
     rows: list[list[int]] = []
     for text, indices in by_text.items():
         length = 0
         for i in sorted(indices, key=lambda i: len(after[i])):
             more, alone = len(after[i]), len(text) + len(after[i])
             fits = 0 < length <= max(MAX_ROW, 2 * len(text)) - more and len(rows[-1]) < most
-            if fits and cost(length + more) - cost(length) <= cost(alone):
+            if fits and _cost(length + more, width) - _cost(length, width) <= _cost(alone, width):
                 rows[-1].append(i)
                 length += more
             else:
                 rows.append([i])
                 length = alone
     return rows
+
+
+def _cost(length: int, width: int) -> float:
+    """Of a row, in tokens."""
+    return length + length**2 / (6 * width)
+
+
+def without_padding(rows: Sequence[Sequence[int]], lengths: Sequence[int], width: int) -> list[list[int]]:
+    """Some of the rows one after another, so that all are about equally long and little is padded.
+
+    Args:
+        rows: indices of the continuations of each row, from [`rows_side_by_side`].
+        lengths: of the rows, in tokens.
+        width: of the model's states.
+
+    Returns:
+        Indices, by row: fewer and longer ones at the least cost of all padded tokens, as it is counted there.
+    """
+    order = sorted(range(len(rows)), key=lambda r: -lengths[r])
+    best, least, tried = list[list[int]](), math.inf, 0
+    for number in range(1, len(rows) + 1):
+        longest = lengths[order[0]]
+        room = max(longest, -(-sum(lengths) // number))
+        if room == tried:
+            break  # the longest row needs that much
+        if room > max(MAX_ROW, longest):
+            continue
+        tried, found, filled = room, list[list[int]](), list[int]()
+        for r in order:
+            place = next((n for n, length in enumerate(filled) if length + lengths[r] <= room), len(found))
+            if place == len(found):
+                found.append([])
+                filled.append(0)
+            found[place] += rows[r]
+            filled[place] += lengths[r]
+        cost = len(found) * _cost(max(filled), width)
+        if cost < least:
+            best, least = found, cost
+    return best
 
 
 def row_batches(
@@ -130,44 +168,94 @@ def lay_side_by_side(
     """One batch of rows, and the order in which the continuations stand in it.
 
     Args:
-        rows: indices of the continuations of each row, from [`rows_side_by_side`].
+        rows: indices of the continuations of each row, those of one text one after another; from [`rows_side_by_side`]
+            or [`without_padding`].
         before, after: as there.
         pad_token_id: fills; it is never read.
         device: of the model.
     """
     order = [i for row in rows for i in row]
-    lengths = [len(before[row[0]]) + sum(len(after[i]) for i in row) for row in rows]
-    shape = (len(rows), max(lengths))
-    # Branch 0 is the text before, n the n-th continuation, -1 the padding, which sees itself: no token sees nothing.
+    flat = [_Row(row, before, after) for row in rows]
+    shape = (len(rows), max(len(row.ids) for row in flat))
     ids, positions = torch.full(shape, pad_token_id), torch.zeros(shape, dtype=torch.long)
-    branch = torch.full(shape, -1)
-    starts: list[int] = []
-    for r, row in enumerate(rows):
-        text = before[row[0]]
-        flat, at, number = list(text), list(range(len(text))), [0] * len(text)
-        for n, i in enumerate(row, 1):
-            starts.append(len(flat))
-            flat += after[i]
-            at += range(len(text), len(text) + len(after[i]))
-            number += [n] * len(after[i])
-        ids[r, : len(flat)] = torch.tensor(flat, dtype=torch.long)
-        positions[r, : len(at)] = torch.tensor(at, dtype=torch.long)
-        branch[r, : len(number)] = torch.tensor(number)
-    branch = branch.to(device)
+    # Padding sees itself: no token sees nothing.
+    branch, stem = torch.full(shape, -1), torch.full(shape, -1)
+    for r, row in enumerate(flat):
+        for all_rows, own in zip((ids, positions, branch, stem), (row.ids, row.at, row.branch, row.stem), strict=True):
+            all_rows[r, : len(own)] = torch.tensor(own, dtype=torch.long)
+    branch, stem = branch.to(device), stem.to(device)
     is_earlier = torch.ones(shape[1], shape[1], dtype=torch.bool, device=device).tril_()
-    sees = ((branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])) & is_earlier
+    sees = ((branch[:, None, :] == stem[:, :, None]) | (branch[:, None, :] == branch[:, :, None])) & is_earlier
     row_of = torch.tensor([r for r, row in enumerate(rows) for _ in row], device=device)
-    start_of = torch.tensor(starts, device=device)
+    start_of = torch.tensor([start for row in flat for start in row.starts], device=device)
     length_of = torch.tensor([len(after[i]) for i in order], device=device)
     laid = SideBySide(ids.to(device), positions.to(device), sees[:, None], row_of, start_of, length_of)
     return laid, order
 
 
-def sharing_pays(before: Sequence[Sequence[int]], after: Sequence[Sequence[int]]) -> bool:
-    """Whether so much of the texts before is equal that reading it once is worth masks of its own."""
-    whole = sum(map(len, before)) + sum(map(len, after))
-    spared = sum(map(len, before)) - sum(map(len, {tuple(ids) for ids in before}))
-    return spared > MIN_SPARED * whole
+class _Row:
+    """Tokens of one row: their ids and positions, the text or continuation each belongs to, and the text before it."""
+
+    def __init__(self, indices: Sequence[int], before: Sequence[Sequence[int]], after: Sequence[Sequence[int]]):
+        self.ids, self.at = list[int](), list[int]()
+        self.branch, self.stem, self.starts = list[int](), list[int](), list[int]()
+        number, stem, text = 0, -1, None
+        for i in indices:
+            if text is None or before[i] != text:
+                text, stem = before[i], number
+                self._add(text, 0, number, number)
+                number += 1
+            self.starts.append(len(self.ids))
+            self._add(after[i], len(text), number, stem)
+            number += 1
+
+    def _add(self, ids: Sequence[int], first: int, branch: int, stem: int) -> None:
+        self.ids += ids
+        self.at += range(first, first + len(ids))
+        self.branch += [branch] * len(ids)
+        self.stem += [stem] * len(ids)
+
+
+def side_by_side(
+    model: Any, before: Sequence[Sequence[int]], after: Sequence[Sequence[int]], pad_token_id: int
+) -> tuple[SideBySide, list[int]] | None:
+    """All continuations in one batch, equal texts read once, and the order in which they stand in it.
+
+    On a CPU, which pays for every padded token, rows are put one after another where that leaves less padding.
+
+    Args:
+        model: a causal LM, or its body.
+        before: the text before each continuation. N.
+        after: the continuations. N.
+        pad_token_id: fills; it is never read.
+
+    Returns:
+        `None` where the model cannot read such rows, and where so little would be spared that each continuation had
+        better be read on its own, padded to the longest.
+    """
+    device, width = model.device, model.config.get_text_config().hidden_size
+    is_cpu = device.type == "cpu"
+    if not sharing_pays(before, after, is_padded=is_cpu) or not reads_side_by_side(model):
+        return None
+    rows = rows_side_by_side(before, after, width, len(after))
+    if is_cpu:
+        lengths = [len(before[row[0]]) + sum(len(after[i]) for i in row) for row in rows]
+        rows = without_padding(rows, lengths, width)
+    return lay_side_by_side(rows, before, after, pad_token_id, device)
+
+
+def sharing_pays(before: Sequence[Sequence[int]], after: Sequence[Sequence[int]], is_padded: bool = False) -> bool:
+    """Whether so much of the texts before is equal that reading it once is worth masks of its own.
+
+    Args:
+        before: the text before each continuation. N.
+        after: the continuations. N.
+        is_padded: whether the padding of each to the longest is spared, too.
+    """
+    lengths = [len(text) + len(more) for text, more in zip(before, after, strict=True)]
+    whole = len(lengths) * max(lengths, default=0) if is_padded else sum(lengths)
+    laid = sum(map(len, after)) + sum(map(len, {tuple(ids) for ids in before}))
+    return whole - laid > MIN_SPARED * whole
 
 
 def split_before_last(prompt_ids: Sequence[int], ids: Sequence[int]) -> tuple[list[int], list[int]]:

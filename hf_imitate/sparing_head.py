@@ -1,7 +1,7 @@
 """A model's head on the scored tokens alone, a piece of them at a time."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from hf_imitate.log_probs import chosen_log_probs
-from hf_imitate.rendering import Batch
+from hf_imitate.rendering import Rendered, collate
 from hf_imitate.sampling import generation_mode
-from hf_imitate.side_by_side import reads_side_by_side
+from hf_imitate.side_by_side import SideBySide, reads_side_by_side, side_by_side, split_before_last
 
 MAX_SCORES = 2**25  # of one piece of a head: 128 MiB in fp32
 
@@ -30,13 +30,11 @@ class SparingHead:
 
     Attributes:
         can_share: whether the model can read several continuations of a text side by side.
-        width: of the states.
     """
 
     def __init__(self, causal_lm: Any, head: nn.Module):
         self.causal_lm, self.body, self.head = causal_lm, causal_lm.base_model, head
         self.can_share = reads_side_by_side(causal_lm)
-        self.width = causal_lm.config.get_text_config().hidden_size
 
     @classmethod
     @torch.no_grad()
@@ -80,13 +78,35 @@ class SparingHead:
         kept = [checkpoint(of_piece, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
         return torch.cat(kept)
 
-    def answer_log_probs(self, model: Callable[..., Any], batch: Batch) -> Tensor:
-        """Log-probability of each answer of right-padded rows: the sum over its tokens, nats. [B]."""
-        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-        is_answer = batch.answer_mask[:, 1:].bool()
-        states = self.last_states(model, inputs)[:, :-1][is_answer]
-        log_p = self.map_scores(chosen_log_probs, states, batch.input_ids[:, 1:][is_answer])
-        return log_p.new_zeros(is_answer.shape).masked_scatter(is_answer, log_p).sum(dim=1)
+    def answer_log_probs(self, model: Callable[..., Any], rows: Sequence[Rendered], pad_token_id: int) -> Tensor:
+        """Log-probability of each row's answer: the sum over its tokens, nats. [B].
+
+        Args:
+            model: may wrap the head's own.
+            rows: questions and answers. B.
+            pad_token_id: fills, and is never read.
+        """
+        shared = self._laid(rows, pad_token_id)
+        if shared is None:
+            batch = collate(rows, pad_token_id, self.causal_lm.device)
+            inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+            states, is_answer = self.last_states(model, inputs)[:, :-1], batch.answer_mask[:, 1:].bool()
+            order = list(range(len(rows)))
+        else:
+            laid, order = shared
+            states = laid.of_continuations(self.last_states(model, laid.inputs(self.causal_lm) | {"use_cache": False}))
+            is_answer = laid.is_token()
+        targets = torch.tensor([token for i in order for token in rows[i].answer_ids], device=states.device)
+        log_p = self.map_scores(chosen_log_probs, states[is_answer], targets)
+        sums = log_p.new_zeros(is_answer.shape).masked_scatter(is_answer, log_p).sum(dim=1)
+        return sums[torch.tensor(order, device=sums.device).argsort()]
+
+    def _laid(self, rows: Sequence[Rendered], pad_token_id: int) -> tuple[SideBySide, list[int]] | None:
+        if not self.can_share or not all(row.prompt_ids and row.answer_ids for row in rows):
+            return None
+        parts = [split_before_last(row.prompt_ids, row.answer_ids) for row in rows]
+        before, after = [part[0] for part in parts], [part[1] for part in parts]
+        return side_by_side(self.causal_lm, before, after, pad_token_id)
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[list[Tensor]]:

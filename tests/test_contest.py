@@ -114,6 +114,16 @@ def test_score_and_training_share_one_forward(make, monkeypatch, learn_from, num
     assert sum(read) == num_texts
 
 
+def test_a_batch_is_scored_and_learned_from_after_one_switch_of_adapters(make, monkeypatch):
+    """A switch visits every module of the model, and back again."""
+    distinguisher, switches = make(shared=True), []
+    own, switch = distinguisher.model.active_adapter, distinguisher.model.set_adapter
+    monkeypatch.setattr(distinguisher.model, "set_adapter", lambda name: switches.append(name) or switch(name))
+    score_then_update(Learner(distinguisher, 1e-3), a_round(), [0, 3], [[], []])
+    assert switches == [distinguisher.adapter_name, own]
+    assert distinguisher.model.active_adapter == own
+
+
 def test_old_answers_are_learned_from_and_never_scored(make):
     batch, old = a_round(), [Pair("old", Answer("was", True), (Answer("gone", True),))]
     one, other = make(), make()

@@ -266,7 +266,10 @@ def test_full_fine_tuning_has_its_retrodictor_on_a_frozen_copy(world, tmp_path):
 
 
 def test_all_of_a_batch_goes_through_one_forward_of_the_imitator(world, tmp_path):
-    """K thoughts of a row belong to one micro-batch; with several processes a second forward would not be synced."""
+    """K thoughts of a row belong to one micro-batch; with several processes a second forward would not be synced.
+
+    Two rows with 8 thoughts each; some lie side by side.
+    """
     trainer = worlds.make(tmp_path, world)
     calls = []
 
@@ -276,4 +279,5 @@ def test_all_of_a_batch_goes_through_one_forward_of_the_imitator(world, tmp_path
 
     trainer.model.train()
     trainer.steps.loss(counting, batch(trainer), 0)
-    assert calls == [16]
+    assert len(calls) == 1
+    assert calls[0] <= 16

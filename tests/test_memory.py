@@ -91,13 +91,17 @@ def test_a_latent_step_holds_no_scores_of_every_token(large, tmp_path, monkeypat
     assert rows_held(trainer) < 0.6 * tokens_in(tokenizer, 4)
 
 
-def test_scores_hold_a_bounded_number_of_scores(large, monkeypatch):
+@pytest.mark.parametrize(
+    "questions", [[f"Item {i}:" for i in range(6)], ["What is said of this item, and why? " * 2] * 6]
+)
+def test_scores_hold_a_bounded_number_of_scores(large, monkeypatch, questions):
+    """Also where a question is read once for several answers."""
     model, tokenizer = large
     length = len(tokenizer(ANSWER)["input_ids"]) + 1
     monkeypatch.setattr(scoring, "MAX_LOGITS", 2 * length * VOCABULARY)  # two answers at once
     imitator = Imitator(model, tokenizer, max_new_tokens=4)
     with Largest() as seen:
-        imitator.log_prob([f"Item {i}:" for i in range(6)], [ANSWER] * 6)
+        imitator.log_prob(questions, [ANSWER] * 6)
     assert length < seen.rows <= 2 * length
 
 
@@ -118,8 +122,10 @@ def parameters(*models):
     return sum(found.values())
 
 
-def test_imitator_distinguisher_and_reference_share_one_base(tiny_model_dir, tmp_path):
-    trainer = make(tmp_path, tiny_model_dir)
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_imitator_distinguisher_and_reference_share_one_base(tiny_model_dir, tmp_path, beta):
+    """A reference is the base without its adapters."""
+    trainer = make(tmp_path, tiny_model_dir, beta=beta)
     base = parameters(AutoModelForCausalLM.from_pretrained(tiny_model_dir))
     adapters = sum(p.numel() for name, p in trainer.model.named_parameters() if "lora_" in name)
     everything = parameters(trainer.model, trainer.distinguisher.model, trainer.distinguisher.head)

@@ -2,12 +2,21 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from test_prefill import gpt2, llama, qwen, windowed
 from trl.trainer.utils import add_fused_lm_head
 
-from hf_imitate.side_by_side import lay_side_by_side, reads_side_by_side, rows_side_by_side, sharing_pays
-from hf_imitate.trainers.questions_read_once import QuestionsReadOnce
+from hf_imitate.rendering import Rendered
+from hf_imitate.side_by_side import (
+    lay_side_by_side,
+    reads_side_by_side,
+    rows_side_by_side,
+    sharing_pays,
+    side_by_side,
+    without_padding,
+)
+from hf_imitate.sparing_head import SparingHead
+from hf_imitate.trainers.questions_read_once import QuestionsReadOnce, causal_lm_of
 
 BEFORE = [[0, 1, 2, 0, 1], [2, 2], [0, 1, 2, 0, 1], [0, 1, 2, 0, 1], [2, 2], [1]]
 AFTER = [[1, 1, 0], [0], [2], [0, 1, 2, 2], [1, 2], [2, 0]]
@@ -20,12 +29,16 @@ def eager():
 
 
 @pytest.mark.parametrize("make", [qwen, llama, gpt2, eager])
-def test_states_are_those_of_each_continuation_alone(make):
+@pytest.mark.parametrize("num_rows", [1, 2, 3])
+def test_states_are_those_of_each_continuation_alone(make, num_rows):
     model = make()
     rows = rows_side_by_side(BEFORE, AFTER, width=16, most=8)
+    assert len(rows) == 3
+    # Rows of several texts, too: none sees another's.
+    rows = {1: [rows[0] + rows[1] + rows[2]], 2: [rows[0], rows[1] + rows[2]], 3: rows}[num_rows]
     laid, order = lay_side_by_side(rows, BEFORE, AFTER, 3, "cpu")
     assert sorted(order) == list(range(6))
-    assert len(rows) == 3
+    assert len(laid.input_ids) == num_rows
     with torch.no_grad():
         states = laid.of_continuations(model.base_model(**laid.inputs(model)).last_hidden_state)
         for number, i in enumerate(order):
@@ -39,6 +52,39 @@ def test_a_row_ends_where_another_would_cost_less():
     assert [len(row) for row in rows_side_by_side(before, after, width=1, most=8)] == [4, 2]
     assert [len(row) for row in rows_side_by_side(before, after, width=1000, most=8)] == [6]
     assert [len(row) for row in rows_side_by_side(before, after, width=1000, most=4)] == [4, 2]
+
+
+def test_rows_are_filled_up_where_padding_costs_more_than_length():
+    rows, lengths = [[0], [1], [2, 3], [4]], [6, 3, 3, 2]
+    # Six tokens a row hold all in three rows, seven or eight in two; a row of 14 would cost more by its square.
+    assert without_padding(rows, lengths, width=1000) == [[0, 1, 2, 3, 4]]
+    assert sorted(map(sorted, without_padding(rows, lengths, width=2))) == [[0], [1, 2, 3], [4]]
+    assert without_padding(rows, [5, 5, 5, 5], width=1) == rows
+
+
+def test_texts_of_different_lengths_are_read_without_padding_on_a_cpu():
+    before, after = [[0] * 9, [1], [2] * 2, [0]], [[1], [2, 1], [0], [1, 1]]
+    assert not sharing_pays(before, after)
+    laid, order = side_by_side(qwen(), before, after, pad_token_id=3)
+    assert sorted(order) == [0, 1, 2, 3]
+    assert laid.input_ids.shape == (2, 10)
+    assert side_by_side(windowed(), before, after, pad_token_id=3) is None
+    assert side_by_side(qwen(), [[0], [1]], [[1], [2]], pad_token_id=3) is None
+
+
+def test_a_sum_of_log_probs_is_that_of_each_answer_alone():
+    model = qwen()
+    head = SparingHead.of(model)
+    rows = [
+        Rendered([0, 1, 2, 0, 1, 2], [1, 3], True),
+        Rendered([1], [2], False),
+        Rendered([2, 2], [0, 1, 1, 3], True),
+        Rendered([1], [0, 3], True),
+    ]
+    with torch.no_grad():
+        together = head.answer_log_probs(model, rows, 3)
+        alone = torch.cat([head.answer_log_probs(model, [row], 3) for row in rows])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
 
 def test_sharing_pays_where_questions_repeat_and_are_not_short():
@@ -93,7 +139,44 @@ def test_trls_log_probs_entropies_and_gradients_stay_where_questions_are_read_on
     for plain, shared in zip(*found, strict=True):
         torch.testing.assert_close(shared, plain, atol=1e-5, rtol=1e-4)
     assert shapes[0] == (6, 9)
-    assert shapes[-1][0] == 2
+    assert shapes[-1].numel() == 18  # 5 and 3 of the questions, 6 and 4 of the answers
+
+
+def rows_of_likelihood():
+    """As TRL lays rows of likelihood: padded at the end, questions of different lengths in front of the answers."""
+    asked, answers = [[0, 1, 2, 0, 1, 1], [2], [1, 0]], [[1, 1, 0], [2, 3], [0, 1]]
+    ids, mask, labels = torch.full((3, 9), 3), torch.zeros(3, 9, dtype=torch.long), torch.full((3, 9), -100)
+    for row, (question, answer) in enumerate(zip(asked, answers, strict=True)):
+        stop = len(question) + len(answer)
+        ids[row, :stop] = torch.tensor(question + answer)
+        mask[row, :stop] = 1
+        labels[row, len(question) : stop] = torch.tensor(answer)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "use_cache": False}
+
+
+def test_rows_of_likelihood_are_read_without_padding_and_scored_on_their_answers_alone():
+    causal_lm, read, scored = qwen(), [], []
+    names = ("log_probs", "entropy", "is_top1", "label_mask")
+    add_fused_lm_head(causal_lm, outputs=names[:3])
+    plain = causal_lm(**rows_of_likelihood(), fused_lm_head=True)
+    causal_lm.base_model.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    # Hooks run in order: this one, which is there first, sees the states before they are narrowed, the other after.
+    once = QuestionsReadOnce(causal_lm, causal_lm, 3)
+    once.model = lambda **inputs: scored.append(inputs["shift_labels"].numel()) or causal_lm(**inputs)
+    outputs = once(**rows_of_likelihood(), fused_lm_head=True)
+    for name in names:
+        torch.testing.assert_close(getattr(outputs, name), getattr(plain, name), atol=1e-5, rtol=0)
+    # 8 + 2 + 3 tokens predict something, of 27; 7 of them an answer's.
+    assert read[-1] < 18
+    assert scored == [7]
+
+
+def test_tokens_of_prompt_tuning_are_seen_by_reading_each_row_anew():
+    model = qwen()
+    assert causal_lm_of(model) is model
+    assert causal_lm_of(get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))) is None
 
 
 def test_a_model_asked_for_more_than_text_is_asked_as_it_is():

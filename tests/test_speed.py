@@ -114,8 +114,30 @@ def test_scores_agree_with_lm_evaluation_harness_while_both_are_timed(folder):
     assert speed.run_cell(cell, speed.TINY, folder)["max_difference"] < speed.DIFFERENCE
 
 
+def test_the_bound_counts_padding_questions_and_heads():
+    """4 096 words of width 192; a head of 786 432 weights, 6 layers of 442 816."""
+    model = world.new_model(world.FULL, 0, 1)
+    body, head = 6 * 442_816, 786_432
+    # Two texts of 6 and 4 tokens to be read; 3 and 2 of them are scored.
+    alone = speed.operations_bound(model, [([1, 2, 3, 4], [5, 6, 7]), ([1, 2, 3], [5, 6])])
+    assert alone == pytest.approx(12 * (body + head) / (10 * body + 5 * head))
+    together = speed.operations_bound(model, [([1, 2, 3], [5, 6, 7]), ([1, 2, 3], [8])])
+    assert together == pytest.approx(10 * (body + head) / (6 * body + 4 * head))
+
+
 def test_an_exponent_is_the_slope_on_logarithmic_axes():
     assert speed_scaling.exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+
+
+@pytest.mark.parametrize("axis", ["answer tokens", "thoughts", "audited questions"])
+def test_costs_are_measured_along_each_axis_at_a_tiny_size(axis, folder, monkeypatch):
+    monkeypatch.setattr(speed_scaling, "FRESH", world.TINY)
+    monkeypatch.setattr(speed_scaling.speed, "FULL", speed.TINY)
+    value = {"audited questions": 40, "thoughts": 2}.get(axis, 8)
+    tiny = speed_scaling.Sizes(steps=2, skipped=1, rows=48)
+    result = speed_scaling.run_cell({"axis": axis, "value": value}, tiny, folder)
+    assert min(result["seconds"]) > 0
+    assert result["bytes"] > 1000
 
 
 def test_live_memory_counts_what_is_held_at_once():

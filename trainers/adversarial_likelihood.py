@@ -117,7 +117,8 @@ class HumanLikelihood:
         """Log p of each row's answer, nats, and the rows' weights. [B], [B]."""
         rendered = [row.rendered for row in rows]
         # Several processes wait for each other in every forward, so they must agree on how many there are.
-        per_forward = forward_cost(self.accelerator.device) if self.accelerator.num_processes == 1 else math.inf
+        is_padded = self.accelerator.num_processes == 1 and not (self.head and self.head.can_share)
+        per_forward = forward_cost(self.accelerator.device, is_padded)
         lengths = [len(row.prompt_ids) + len(row.answer_ids) for row in rendered]
         chunks = similar_lengths(lengths, len(rows), per_forward)
         parts = [self._log_prob_of_chunk(model, [rendered[i] for i in chunk]) for chunk in chunks]
@@ -125,9 +126,9 @@ class HumanLikelihood:
         return log_prob, torch.tensor([row.weight for row in rows], device=log_prob.device)
 
     def _log_prob_of_chunk(self, model: nn.Module, rendered: Sequence[Rendered]) -> Tensor:
-        batch = collate(rendered, self.pad_token_id, self.accelerator.device)
         if self.head is not None:
-            return self.head.answer_log_probs(model, batch)
+            return self.head.answer_log_probs(model, rendered, self.pad_token_id)
+        batch = collate(rendered, self.pad_token_id, self.accelerator.device)
         labels = batch.input_ids.masked_fill(batch.answer_mask == 0, -100)
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": labels}
         return model(**inputs, fused_lm_head=True).log_probs.sum(dim=1)

@@ -69,11 +69,21 @@ def settle_renderer(trainer: "AdversarialTrainer", role: str) -> Renderer:
         trainer.model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         trainer.model.generation_config.pad_token_id = tokenizer.pad_token_id
     if not trainer.use_vllm:
-        # A diverged model's NaNs would end in an error about probabilities; so the loss meets them, and says whose.
-        law = {"eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id, "remove_invalid_values": True}
-        trainer.generation_kwargs.update(law)
-        trainer.generation_config.update(**law)
+        _generate_with(trainer, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
+        if trainer.accelerator.device.type != "cpu":
+            draw_despite_nans(trainer)
     return renderer
+
+
+def draw_despite_nans(trainer: "AdversarialTrainer") -> None:
+    """A diverged model's NaNs would end in an error about probabilities, on an accelerator in the process's end; so
+    the loss meets them, and says whose. It costs a few passes over the scores of every token."""
+    _generate_with(trainer, remove_invalid_values=True)
+
+
+def _generate_with(trainer: "AdversarialTrainer", **law: Any) -> None:
+    trainer.generation_kwargs.update(law)
+    trainer.generation_config.update(**law)
 
 
 def build_distinguisher(

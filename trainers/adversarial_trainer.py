@@ -46,6 +46,7 @@ from hf_imitate.trainers.adversarial_setup import (
     GivenDistinguisher,
     PhaseCallback,
     build_distinguisher,
+    draw_despite_nans,
     lm_warmup_steps,
     preserved_random_state,
     settle_renderer,
@@ -61,7 +62,7 @@ from hf_imitate.trainers.phases import (
     Phases,
     warmup_caps,
 )
-from hf_imitate.trainers.questions_read_once import QuestionsReadOnce
+from hf_imitate.trainers.questions_read_once import QuestionsReadOnce, causal_lm_of
 from hf_imitate.trainers.ranks import agreed
 from hf_imitate.trainers.starting_model import starting_model
 from hf_imitate.trainers.tally import Tally
@@ -302,7 +303,13 @@ class AdversarialTrainer(FiniteSteps, AdversarialSaving, AdversarialPlan, GRPOTr
 
     def _generate(self, prompts: list):
         with merged_adapter(self.model):
-            return super()._generate(prompts)
+            try:
+                return super()._generate(prompts)
+            except RuntimeError:
+                if self.use_vllm or self.generation_config.remove_invalid_values:
+                    raise
+                draw_despite_nans(self)
+                return super()._generate(prompts)
 
     def _tokenize_prompts(self, prompts: list):
         """The very ids that the human's answer stands after, in training and to the distinguisher."""
@@ -352,9 +359,9 @@ class AdversarialTrainer(FiniteSteps, AdversarialSaving, AdversarialPlan, GRPOTr
         if self.phase in (DISTINGUISHER_LM_WARMUP, DISTINGUISHER_WARMUP):
             # The imitator's rate is 0, but every process runs a forward and a backward of the wrapped model.
             return 0.0 * model(input_ids=inputs["prompt_ids"][:1, -1:]).logits.float().sum()
-        causal_lm = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        sharing = QuestionsReadOnce(model, causal_lm, self._tokenizer.pad_token_id)
-        loss = super().compute_loss(sharing, inputs, num_items_in_batch=num_items_in_batch)
+        causal_lm = causal_lm_of(self.model)
+        reading = model if causal_lm is None else QuestionsReadOnce(model, causal_lm, self._tokenizer.pad_token_id)
+        loss = super().compute_loss(reading, inputs, num_items_in_batch=num_items_in_batch)
         if self.likelihood.multiplier == 0:
             return loss
         nats = self.likelihood.loss(model, self.likelihood.draw(self._step))

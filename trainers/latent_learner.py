@@ -37,7 +37,7 @@ class RetrodictorLearner:
         self.retrodictor, self.learning_rate, self.reduce = retrodictor, learning_rate, reduce
         self.max_grad_norm = max_grad_norm
         self.parameters = retrodictor.parameters()
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=0.0, fused=True)
 
     @contextlib.contextmanager
     def learning(self) -> Iterator[None]:

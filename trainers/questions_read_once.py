@@ -1,27 +1,39 @@
-"""A question's answers, scored after one reading of the question, where TRL reads it with each of them."""
+"""Answers scored after one reading of their questions and without padding, where TRL reads a padded batch."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from hf_imitate.side_by_side import (
-    SideBySide,
-    lay_side_by_side,
-    reads_side_by_side,
-    rows_side_by_side,
-    sharing_pays,
-    split_before_last,
-)
+from hf_imitate.side_by_side import side_by_side, split_before_last
 
 IGNORED = -100
+READ = ("input_ids", "attention_mask", "labels")
+_PER_TOKEN = ("log_probs", "entropy", "is_top1")
+
+
+def is_padded_text(inputs: dict[str, Any]) -> bool:
+    """Whether TRL's fused head is asked about a padded batch of text and nothing else."""
+    return bool(inputs.get("fused_lm_head")) and set(inputs) - {"use_cache", "fused_lm_head"} == set(READ)
+
+
+def causal_lm_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel | None:
+    """The model without its adapters; `None` where they are tokens in front, which side by side nobody sees."""
+    if not isinstance(model, PeftModel):
+        return model
+    return None if model.active_peft_config.is_prompt_learning else model.get_base_model()
 
 
 class QuestionsReadOnce:
-    """A model that, asked by TRL for log-probabilities of answers, reads equal questions once.
+    """A model that, asked under TRL's fused head for answers after questions, reads equal questions once, next to no
+    padding, and puts its head on the answers' tokens alone.
 
     The values are the same but for rounding. Where it is asked for more than text, where the model cannot read several
-    answers side by side, and where questions are short or different, it is the model itself.
+    answers side by side, and where little would be spared, it is the model itself.
 
     Args:
         model ([`~torch.nn.Module`]): with TRL's fused head; it may be wrapped.
@@ -29,48 +41,71 @@ class QuestionsReadOnce:
         pad_token_id (`int`): fills, and is never read.
     """
 
-    def __init__(self, model: nn.Module, causal_lm: Any, pad_token_id: int):
+    def __init__(self, model: Any, causal_lm: Any, pad_token_id: int):
         self.model, self.causal_lm, self.pad_token_id = model, causal_lm, pad_token_id
 
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **more: Any) -> Any:
-        is_answer = labels != IGNORED
-        parts = None
-        if set(more) == {"fused_lm_head"} and reads_side_by_side(self.causal_lm):
-            parts = self._parts(input_ids, attention_mask.bool() & ~is_answer, is_answer)
+    def __call__(self, **inputs: Any) -> Any:
+        parts = self._parts(**{name: inputs[name] for name in READ}) if is_padded_text(inputs) else None
         if parts is None:
-            return self.model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **more)
-        before, after, answers, numbers = parts
-        rows = rows_side_by_side(before, after, self.causal_lm.config.get_text_config().hidden_size, len(after))
-        laid, order = lay_side_by_side(rows, before, after, self.pad_token_id, input_ids.device)
-        targets = torch.full((len(order), int(laid.length.max())), IGNORED, device=input_ids.device)
-        targets[laid.is_token()] = torch.tensor([t for i in order for t in answers[i]], device=input_ids.device)
-        outputs = self.model(**laid.inputs(self.causal_lm), shift_labels=laid.scatter(targets, IGNORED), **more)
-        place = torch.tensor([numbers[i] for i in order], device=input_ids.device)
-        for name in ("log_probs", "entropy"):
+            return self.model(**inputs)
+        (laid, order), answers, numbers = parts
+        is_token, device = laid.is_token(), inputs["input_ids"].device
+        targets = torch.tensor([token for i in order for token in answers[i]], device=device)
+        options = {name: value for name, value in inputs.items() if name not in READ}
+        with _head_reads_only(self.causal_lm.base_model, laid.scatter(is_token.long(), 0).bool()):
+            # The head is given the answers' states in a row of their own, so the targets lie likewise.
+            outputs = self.model(**laid.inputs(self.causal_lm), shift_labels=targets[None], **options)
+        is_answer = inputs["labels"][:, 1:] != IGNORED
+        place = torch.tensor([numbers[i] for i in order], device=device)
+        for name in _PER_TOKEN:
             values = getattr(outputs, name)
             if values is not None:
-                setattr(outputs, name, _at_answers(laid, values, place, is_answer[:, 1:]))
+                setattr(outputs, name, _at_answers(values[0], is_token, place, is_answer))
+        outputs.label_mask = is_answer
         return outputs
 
-    def _parts(self, input_ids: Tensor, is_question: Tensor, is_answer: Tensor) -> tuple | None:
-        """Texts and continuations of the rows that have an answer, the answers, and which rows they are."""
+    def _parts(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple | None:
+        """The rows that have an answer, side by side; their answers, and which rows they are."""
+        is_answer = labels != IGNORED
+        is_question = attention_mask.bool() & ~is_answer
         ids, question, answer = input_ids.tolist(), is_question.tolist(), is_answer.tolist()
         before, after, answers, numbers = [], [], [], []
         for number, (row, asks, scored) in enumerate(zip(ids, question, answer, strict=True)):
             own = [token for token, is_scored in zip(row, scored, strict=True) if is_scored]
             if own:
-                text, more = split_before_last([t for t, asking in zip(row, asks, strict=True) if asking], own)
+                asked = [token for token, asking in zip(row, asks, strict=True) if asking]
+                if not asked or True in asks[scored.index(True) :]:
+                    return None  # not a question and then its answer
+                text, more = split_before_last(asked, own)
                 before.append(text)
                 after.append(more)
                 answers.append(own)
                 numbers.append(number)
-        return (before, after, answers, numbers) if sharing_pays(before, after) else None
+        laid = side_by_side(self.causal_lm, before, after, self.pad_token_id)
+        return None if laid is None else (laid, answers, numbers)
 
 
-def _at_answers(laid: SideBySide, values: Tensor, place: Tensor, is_answer: Tensor) -> Tensor:
-    """Values at the tokens of the answers, as a plain forward has them; 0 elsewhere. [B, T - 1]."""
-    own = laid.of_continuations(values)
-    rows, is_token = torch.zeros_like(is_answer, dtype=values.dtype), laid.is_token()
+@contextlib.contextmanager
+def _head_reads_only(body: nn.Module, keep: Tensor) -> Iterator[None]:
+    """Inside, the body's last states are those of the M kept positions of [B, T] alone: [1, M, H].
+
+    Where Triton does not run, TRL's head scores every position it is given.
+    """
+
+    def narrow(module: nn.Module, inputs: Any, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state[keep][None]
+        return output
+
+    handle = body.register_forward_hook(narrow)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _at_answers(values: Tensor, is_token: Tensor, place: Tensor, is_answer: Tensor) -> Tensor:
+    """Values of the answers' tokens, one after another, where a plain forward has them; 0 elsewhere. [B, T - 1]."""
+    own = values.new_zeros(is_token.shape).masked_scatter(is_token, values)
     by_row = own.new_zeros(len(is_answer), own.shape[1]).index_copy(0, place, own)
     has_token = torch.zeros(by_row.shape, dtype=torch.bool, device=own.device).index_copy(0, place, is_token)
-    return rows.masked_scatter(is_answer, by_row[has_token])
+    return values.new_zeros(is_answer.shape).masked_scatter(is_answer, by_row[has_token])

@@ -22,6 +22,7 @@ from hf_imitate.trainers.adversarial_inputs import check_best_metric
 from hf_imitate.trainers.checkpoints import TakeUpTheLog
 from hf_imitate.trainers.finite import FiniteSteps, check_loss
 from hf_imitate.trainers.imitator_saving import versions
+from hf_imitate.trainers.questions_read_once import QuestionsReadOnce, causal_lm_of
 from hf_imitate.trainers.retrodictive_config import RetrodictiveConfig
 from hf_imitate.trainers.retrodictive_rows import (
     ANSWER_COLUMNS,
@@ -160,6 +161,7 @@ class RetrodictiveTrainer(FiniteSteps, RetrodictiveSaving, SFTTrainer):
         self.renderer = settle_renderer(
             self._tokenizer, self.model.generation_config, question, role, args.chat_template_kwargs
         )
+        self._causal_lm = causal_lm_of(self.model)
         self._is_assembled = True
         self.data_collator = AnswerCollator(**vars(self.data_collator))
         own = (self.processing_class, args)
@@ -210,7 +212,10 @@ class RetrodictiveTrainer(FiniteSteps, RetrodictiveSaving, SFTTrainer):
         inputs = {name: value for name, value in inputs.items() if name not in answers}
         # Several processes wait for each other in every forward, so they must agree on how many there are.
         per_forward = forward_cost(self.args.device) if self.accelerator.num_processes == 1 else math.inf
-        weighing = Weighing(RowsByLength(model, per_forward), answers[WEIGHT])
+        reading: Callable[..., Any] = RowsByLength(model, per_forward)
+        if self._causal_lm is not None:
+            reading = QuestionsReadOnce(reading, self._causal_lm, self._tokenizer.pad_token_id)
+        weighing = Weighing(reading, answers[WEIGHT])
         result = super().compute_loss(weighing, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if return_outputs else result
         check_loss(loss, self.model, self.accelerator, self.state.global_step, "training")

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_imitate.batching import similar_lengths
+from hf_imitate.trainers.questions_read_once import READ, is_padded_text
 
-_READ = {"input_ids", "attention_mask", "labels"}
 _PER_TOKEN = ("log_probs", "entropy", "is_top1", "label_mask")
 
 
@@ -33,7 +33,7 @@ class RowsByLength:
         parts = []
         for rows in batches:
             length = int(lengths[rows].max())
-            part = self.model(**inputs | {name: inputs[name][rows, :length] for name in _READ})
+            part = self.model(**inputs | {name: inputs[name][rows, :length] for name in READ})
             # Zeros where only longer rows have tokens.
             parts.append([nn.functional.pad(getattr(part, name), (0, width - length)) for name in _PER_TOKEN])
         place = torch.cat(batches).argsort()
@@ -43,7 +43,7 @@ class RowsByLength:
 
     def _batches(self, inputs: dict[str, Any]) -> list[Tensor]:
         """Which rows are read together; none where it is not for this class to say."""
-        if not inputs.get("fused_lm_head") or set(inputs) - {"use_cache", "fused_lm_head"} != _READ:
+        if not is_padded_text(inputs):
             return []
         mask = inputs["attention_mask"]
         if not torch.equal(mask, mask.cummin(dim=1).values):

@@ -54,7 +54,7 @@ def grpo(base: Path, rows: Dataset, steps: int, **more: Any) -> Maker:
         model, tokenizer = world.load(base)
         judge = classifier_around(model, copy_body=True).requires_grad_(False).eval()
         game = {"num_generations": GENERATIONS, "max_completion_length": MAX_NEW_TOKENS, "loss_type": "dr_grpo"}
-        args = GRPOConfig(**settings(steps, **game, **more))
+        args = GRPOConfig(**settings(steps, **(game | more)))
         tokenizer.padding_side = "left"
         return GRPOTrainer(
             model,
@@ -76,7 +76,7 @@ def adversarial(base: Path, rows: Dataset, steps: int, **more: Any) -> Maker:
         model, tokenizer = world.load(base)
         game = {"num_generations": GENERATIONS, "max_completion_length": MAX_NEW_TOKENS}
         warmups = {"imitator_warmup_steps": 0, "distinguisher_warmup_steps": 0}
-        args = AdversarialConfig(**settings(steps, **game, **(warmups | more)))
+        args = AdversarialConfig(**settings(steps, **(game | warmups | more)))
         return AdversarialTrainer(model, args, rows, processing_class=tokenizer, peft_config=lora())
 
     return make
