@@ -44,3 +44,9 @@ def test_a_missing_split_is_named_with_those_that_exist(tmp_path):
     rows = load(str(write_rows(tmp_path / "rows.jsonl")))
     with pytest.raises(ValueError, match=r"no split 'test', only train\..*--test_split_size"):
         split_of(rows, "test")
+
+
+def test_an_answer_that_spells_a_missing_value_is_an_answer(tmp_path):
+    """pandas takes "N/A", "None" and "null" for missing, so a person's "None" was a question that nobody answered."""
+    (tmp_path / "rows.csv").write_text("prompt,completion\na,None\nb,N/A\nc,null\nd,\n")
+    assert load(str(tmp_path / "rows.csv"))["train"]["completion"][:] == ["None", "N/A", "null", None]
