@@ -7,8 +7,9 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-# An answer that reads "None" or "N/A" is an answer; only an empty cell holds none.
-READING = {"csv": {"keep_default_na": False, "na_values": [""]}}
+# An answer that reads "None" or "042" is an answer, in these letters; only an empty cell holds none.
+TEXTS = {"prompt": str, "completion": str}
+READING = {"csv": {"keep_default_na": False, "na_values": [""], "converters": TEXTS}}
 DOCSTRINGS_TEST_SIZE = 0.1
 
 

@@ -46,7 +46,9 @@ def test_a_missing_split_is_named_with_those_that_exist(tmp_path):
         split_of(rows, "test")
 
 
-def test_an_answer_that_spells_a_missing_value_is_an_answer(tmp_path):
-    """pandas takes "N/A", "None" and "null" for missing, so a person's "None" was a question that nobody answered."""
-    (tmp_path / "rows.csv").write_text("prompt,completion\na,None\nb,N/A\nc,null\nd,\n")
-    assert load(str(tmp_path / "rows.csv"))["train"]["completion"][:] == ["None", "N/A", "null", None]
+def test_a_csv_holds_answers_in_the_letters_of_people(tmp_path):
+    """pandas took "None" for a missing value, hence for a question that nobody answered, and "042" for a number."""
+    (tmp_path / "rows.csv").write_text("prompt,completion\n1,None\n2,N/A\n3,042\n4,\n")
+    rows = load(str(tmp_path / "rows.csv"))["train"]
+    assert rows["completion"][:] == ["None", "N/A", "042", None]
+    assert rows["prompt"][:] == ["1", "2", "3", "4"]

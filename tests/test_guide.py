@@ -242,7 +242,11 @@ def test_commands_take_their_options():
 
 def test_the_programs_of_start_here_run_in_order(tmp_path, monkeypatch, tiny_model_dir, capsys):
     """From somebody's CSV to an audit, with a tiny base and two steps in place of Qwen and three epochs."""
-    lines = ["question,answer", *(f'"What is {i} plus {i % 7}?","It is {i + i % 7}, I think."' for i in range(200))]
+    lines = [
+        "question,answer,rating",
+        *(f'"What is {i} plus {i % 7}?","It is {i + i % 7}, I think.",' for i in range(200)),
+    ]
+    lines += ["How is it?,,2", ",It is fine.,", "What is left?,None,4", '"What did it\nsay?","""042"", I think. 🙂",5']
     (tmp_path / "answers.csv").write_text("\n".join(lines) + "\n")
     monkeypatch.chdir(tmp_path)
     replaced = {"Qwen/Qwen3-0.6B": str(tiny_model_dir), "num_train_epochs=3": "max_steps=2, report_to='none'"}
@@ -257,6 +261,8 @@ def test_the_programs_of_start_here_run_in_order(tmp_path, monkeypatch, tiny_mod
 
     assert [len(drawn) for drawn in names["answers"]] == [3, 3]
     assert names["found"].is_exact.all()
+    assert len(names["rows"]) == 202
+    assert {"None", '"042", I think. 🙂'} < set(names["rows"]["completion"])
     assert names["report"].num_questions == 40
     assert (tmp_path / "my-imitator" / "audit" / "audit.json").is_file()
     assert "bits_per_answer" in capsys.readouterr().out
