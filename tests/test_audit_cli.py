@@ -46,6 +46,7 @@ def test_the_questions_that_training_held_out_of_a_file_are_audited(tiny_model_d
     plan = json.loads((tmp_path / "out" / "plan.json").read_text())
     held_out = load_named(str(data), test_size=0.25)  # as `hf-imitate retrodictive --test_split_size 0.25` does
     assert held_out["test"].num_rows == 30
+    assert plan["dataset"].startswith("a json file, 30 rows")
     assert plan["dataset_hash"] == dataset_hash(held_out["test"])
     assert plan["train_dataset_hash"] == dataset_hash(held_out["train"])
 
