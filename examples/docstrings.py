@@ -140,13 +140,14 @@ def latent(base: str, dataset: DatasetDict, given: argparse.Namespace) -> Latent
         model=base,
         args=LatentRetrodictiveConfig(
             **common(given) | {"per_device_train_batch_size": 2 if given.smoke else 8},
+            learning_rate=1e-4 if given.model else 1e-3,
             retrodictor_warmup_steps=1 if given.smoke else "auto",
             num_thoughts=2 if given.smoke else 4,
             max_thought_length=2 if given.smoke else 64 if given.model else 8,
             max_length=160,
         ),
         train_dataset=dataset["train"],
-        peft_config=LoraConfig(r=16, target_modules="all-linear"),
+        peft_config=adapter(given),
     )
 
 
