@@ -44,7 +44,7 @@ ABOUT = {
     "complete checkpoint from before the step. Under fp16 alone the gradient scaler skips such steps; "
     "`gradients/skipped` is their share.",
     RESUME: "A checkpoint that a crash left half written is passed over; the log says which and why.",
-    LOAD: "Files of strangers are read before anything is loaded, and nothing of them is run: `SECURITY.md`.",
+    LOAD: "Files of strangers are read before anything is loaded, and none is run: [security](security.md).",
     USE: "`Imitator` and `Distinguisher`, once loaded.",
     AUDIT: "A finding that cannot be measured is no error: its `value` is None and `detail` has the reason.",
     CARDS: "Nothing was pushed where one of these was raised.",

@@ -74,6 +74,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, float]]:
         if number < given.rounds:
             both = concatenate_datasets([rows, picked(judged, questions, given.seed + number)])
             likelihood(resumed(last), both, folder / f"round-{number + 1}", given)
+    plot(measured, folder / "distil.png")
+    print(f"The picture is in {folder / 'distil.png'}.")
     gain = measured[0]["plain"] - measured[0]["picked"]
     kept = measured[0]["plain"] - measured[1]["plain"] if given.rounds else 0.0
     print(f"One of 8 gains {gain:.2f} bits. A round of distillation moves {kept:.2f} bits into the weights.")
@@ -156,6 +158,24 @@ def bits(imitator: Path, rows: Dataset, seed: int) -> dict[str, float]:
     asked, humans = rows["prompt"][:], rows["completion"][:]
     plain, chosen = (loaded.log_prob(asked, humans, resample=k, seed=seed).nats for k in (1, CANDIDATES))
     return {"plain": float(-plain.mean()) / math.log(2), "picked": float(-chosen.mean()) / math.log(2)}
+
+
+def plot(measured: list[dict[str, float]], path: Path) -> None:
+    """Bits of a held-out answer after each round: of a single draw, and of one kept out of eight."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(5, 2.8), layout="constrained")
+    for name, label, colour in (("plain", "one draw", "#c06030"), ("picked", "one kept of 8", "#4878a8")):
+        axes.plot([one[name] for one in measured], "o-", ms=4, color=colour, label=label)
+    axes.set_xticks(range(len(measured)))
+    axes.set_xlabel("rounds of distillation")
+    axes.set_ylabel("bits per held-out answer")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -95,6 +95,12 @@ def common(given: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def adapter(given: argparse.Namespace) -> LoraConfig | None:
+    """For a large base. One of a million parameters has its say in its embeddings: all of its weights are trained, at
+    rates that would be too high for a large one."""
+    return LoraConfig(r=16, target_modules="all-linear") if given.model else None
+
+
 def retrodictive(base: str, dataset: DatasetDict, given: argparse.Namespace) -> RetrodictiveTrainer:
     """The log-probability of what people wrote."""
     return RetrodictiveTrainer(
@@ -102,11 +108,10 @@ def retrodictive(base: str, dataset: DatasetDict, given: argparse.Namespace) -> 
         args=RetrodictiveConfig(
             **common(given),
             max_length=256,
-            # A base of a million parameters takes ten times the rate that suits a large one.
             learning_rate=2e-4 if given.model else 2e-3,
         ),
         train_dataset=dataset["train"],
-        peft_config=LoraConfig(r=16, target_modules="all-linear"),
+        peft_config=adapter(given),
     )
 
 
@@ -117,13 +122,14 @@ def adversarial(base: str, dataset: DatasetDict, given: argparse.Namespace) -> A
         args=AdversarialConfig(
             **common(given),
             imitator_warmup_learning_rate=2e-4 if given.model else 2e-3,
+            learning_rate=2e-5 if given.model else 1e-4,
             imitator_warmup_steps=2 if given.smoke else "auto",
             distinguisher_warmup_steps=2 if given.smoke else "auto",
             num_generations=8,
             max_completion_length=8 if given.smoke else 48,
         ),
         train_dataset=dataset["train"],
-        peft_config=LoraConfig(r=16, target_modules="all-linear"),
+        peft_config=adapter(given),
         checks=[ends_with_a_period],
     )
 
@@ -134,13 +140,14 @@ def latent(base: str, dataset: DatasetDict, given: argparse.Namespace) -> Latent
         model=base,
         args=LatentRetrodictiveConfig(
             **common(given) | {"per_device_train_batch_size": 2 if given.smoke else 8},
+            learning_rate=1e-4 if given.model else 1e-3,
             retrodictor_warmup_steps=1 if given.smoke else "auto",
             num_thoughts=2 if given.smoke else 4,
             max_thought_length=2 if given.smoke else 64 if given.model else 8,
             max_length=160,
         ),
         train_dataset=dataset["train"],
-        peft_config=LoraConfig(r=16, target_modules="all-linear"),
+        peft_config=adapter(given),
     )
 
 

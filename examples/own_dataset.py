@@ -50,9 +50,14 @@ def main(arguments: list[str] | None = None) -> AuditReport:
     file = given.file or made_up_file(given.output_dir / "answers.csv", given.smoke)
 
     # 1. Rows {"prompt", "completion"}; a question is either trained on or held out, with all its answers.
-    rows = load_dataset(BUILDERS[file.suffix], data_files=str(file), split="train")
-    rows = rows.rename_columns({given.question: "prompt", given.answer: "completion"})
-    dataset = split_by_question(rows.select_columns(["prompt", "completion"]), test_size=0.2)
+    #    A CSV is read as text, so that an answer may be "None" or "042"; rows without an answer teach nothing here.
+    columns = {given.question: "prompt", given.answer: "completion"}
+    as_text = {"keep_default_na": False, "converters": dict.fromkeys(columns, str)} if file.suffix == ".csv" else {}
+    rows = load_dataset(BUILDERS[file.suffix], data_files=str(file), split="train", **as_text)
+    rows = rows.rename_columns(columns).select_columns(["prompt", "completion"])
+    whole = rows.filter(lambda row: all((text or "").strip() for text in row.values()))
+    print(f"{len(rows) - len(whole)} of {len(rows)} rows left out: no question, or no answer.")
+    dataset = split_by_question(whole, test_size=0.2)
 
     # 2. Likelihood of what people answered.
     trainer = RetrodictiveTrainer(
@@ -61,13 +66,14 @@ def main(arguments: list[str] | None = None) -> AuditReport:
             output_dir=str(given.output_dir),
             max_steps=given.max_steps,
             per_device_train_batch_size=16,
-            # A base of a million parameters takes ten times the rate that suits a large one.
             learning_rate=2e-4 if given.model else 2e-3,
             save_strategy="no",
             report_to="none",
         ),
         train_dataset=dataset["train"],
-        peft_config=LoraConfig(r=16, target_modules="all-linear"),
+        # A base of a million parameters has its say in its embeddings: all of its weights are trained, at ten times
+        # the rate that suits an adapter of a large one.
+        peft_config=LoraConfig(r=16, target_modules="all-linear") if given.model else None,
     )
     trainer.train()
     trainer.save_model()

@@ -12,11 +12,14 @@ arrives with error e costs the human answers at least d(1/2 || 1 - e) nats; a bu
 
 import argparse
 
+import transformers
+
 from benchmarks import paid_to_hide as paid
 from hf_imitate.steganography_theory import largest_accuracy
 
 
 def main(arguments: list[str] | None = None) -> None:
+    transformers.logging.set_verbosity_error()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--budget", action="store_true", help="hold the human answers' log-probability")
     parser.add_argument("--smoke", action="store_true", help="few steps")
@@ -25,8 +28,8 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     num_steps = paid.NUM_STEPS
     if given.smoke:
-        paid.TAUGHT_STEPS, paid.UNTAUGHT_STEPS, paid.NUM_ROWS = 60, 20, 600
-        paid.NUM_JUDGED, paid.JUDGE_STEPS, paid.WARMUP, paid.BATCH, num_steps = 120, 5, 3, 64, 5
+        paid.TAUGHT_STEPS, paid.UNTAUGHT_STEPS, paid.NUM_ROWS = 20, 10, 300
+        paid.NUM_JUDGED, paid.JUDGE_STEPS, paid.WARMUP, paid.BATCH, num_steps = 60, 2, 1, 32, 2
     cell = {"seed": given.seed, "arm": paid.ARMS[given.budget]}
     found = paid.run_cell(cell, num_steps)
     end = found["end"]

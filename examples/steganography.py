@@ -11,15 +11,18 @@ humans' answers, scored by the planted law, lose bits that they do not lose unde
 
 import argparse
 
+import transformers
+
 from benchmarks import steganography as table
 
 
 def main(arguments: list[str] | None = None) -> None:
+    transformers.logging.set_verbosity_error()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="few questions: shows that it runs, proves little")
     parser.add_argument("--figure", default="steganography.png", help="where the picture goes")
     given = parser.parse_args(arguments)
-    size = {"num_questions": 200, "num_steps": 60} if given.smoke else {"num_questions": 1000, "num_steps": 300}
+    size = {"num_questions": 80, "num_steps": 20} if given.smoke else {"num_questions": 1000, "num_steps": 300}
     results = []
     for scheme in ("honest", "green list, unigram", "rotation .5", "coding, fresh nonce"):
         result = table.run_cell({"scheme": scheme}, seed=1, **size)

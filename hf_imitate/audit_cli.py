@@ -24,6 +24,12 @@ class AuditArguments:
     dataset_train_split: str | None = field(
         default=None, metadata={"help": "the split it was trained on, for `copying`"}
     )
+    test_split_size: float | None = field(
+        default=None,
+        metadata={
+            "help": "audit the questions that training with the same `--test_split_size` held out of these rows"
+        },
+    )
     max_questions: int | None = field(default=None, metadata={"help": "audit so many rows of a fixed shuffle only"})
     base: str | None = field(
         default=None, metadata={"help": "whose answers the power control plants; else the imitator's own at 0.7"}
@@ -69,7 +75,16 @@ class AuditArguments:
 
 # What `--power` reads; anything else would have no effect there.
 _POWER_SETTINGS = {"model_name_or_path", "dataset_name", "dataset_config", "dataset_test_split", "max_questions"}
-_POWER_SETTINGS |= {"judges", "confidence", "seed", "output_dir", "batch_size", "max_new_tokens", "power"}
+_POWER_SETTINGS |= {
+    "test_split_size",
+    "judges",
+    "confidence",
+    "seed",
+    "output_dir",
+    "batch_size",
+    "max_new_tokens",
+    "power",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,8 +121,7 @@ def _run(args: AuditArguments) -> Any:
     from hf_imitate.audits.run import audit
     from hf_imitate.residual_imitator import DEFAULT_NUM_ESTIMATES_RESAMPLED
 
-    dataset = _load(args, args.dataset_test_split)
-    train = None if args.dataset_train_split is None else _load(args, args.dataset_train_split)
+    dataset, train = _load(args)
     if args.max_questions is not None and args.max_questions < len(dataset):
         dataset = dataset.shuffle(seed=args.seed).select(range(args.max_questions))
     names = ("temperature", "top_k", "top_p", "min_p", "max_new_tokens")
@@ -143,7 +157,7 @@ def _run_power(args: AuditArguments) -> Any:
             f"`--power` plants in the model's own answers at temperature 1 and reads questions alone; it has no use "
             f"for {', '.join(f'--{name}' for name in given)}. Leave out one or the other."
         )
-    dataset = _load(args, args.dataset_test_split)
+    dataset, _ = _load(args)
     imitator = Imitator.from_pretrained(args.model_name_or_path or "")
     imitator.max_new_tokens = args.max_new_tokens or imitator.max_new_tokens
     return audit_power(
@@ -165,6 +179,13 @@ def _number_or_word(text: str | None) -> str | float | None:
         return text
 
 
-def _load(args: AuditArguments, split: str) -> "Dataset":
+def _load(args: AuditArguments) -> tuple["Dataset", "Dataset | None"]:
+    """The rows that are audited, and those that were trained on where they are known."""
+    name, config = str(args.dataset_name), args.dataset_config
+    if args.test_split_size is not None:
+        held_out = load_named(name, config, args.test_split_size, args.dataset_train_split or "train")
+        return held_out["test"], held_out["train"]
     # A file has no splits of its own: it is what is audited.
-    return split_of(load_named(str(args.dataset_name), args.dataset_config, split=args.dataset_test_split), split)
+    loaded = load_named(name, config, split=args.dataset_test_split)
+    train = None if args.dataset_train_split is None else split_of(loaded, args.dataset_train_split)
+    return split_of(loaded, args.dataset_test_split), train

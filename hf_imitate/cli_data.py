@@ -7,6 +7,9 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+# An answer that reads "None" or "042" is an answer, in these letters; only an empty cell holds none.
+TEXTS = {"prompt": str, "completion": str}
+READING = {"csv": {"keep_default_na": False, "na_values": [""], "converters": TEXTS}}
 DOCSTRINGS_TEST_SIZE = 0.1
 
 
@@ -36,7 +39,10 @@ def load_named(
         share = test_size or DOCSTRINGS_TEST_SIZE
         return split_by_question(load_docstrings(), test_size=share, group_by="completion")
     if path.is_file() and path.suffix in BUILDERS:
-        loaded = datasets.load_dataset(BUILDERS[path.suffix], data_files={split: str(path)}, streaming=streaming)
+        kind = BUILDERS[path.suffix]
+        loaded = datasets.load_dataset(
+            kind, data_files={split: str(path)}, streaming=streaming, **READING.get(kind, {})
+        )
     elif path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
         saved = datasets.load_from_disk(name)
         loaded = datasets.DatasetDict({split: saved}) if isinstance(saved, datasets.Dataset) else saved

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from hf_imitate.prefill import read_once
+from hf_imitate.prefill import cache_name, read_once
 from hf_imitate.rendering import Answer, Renderer
 from hf_imitate.rows import question_key
 from hf_imitate.scoring import check_positions, check_prompt_ids, check_temperature, evaluation_mode, num_positions
@@ -369,7 +369,7 @@ def generate_with(
         attention_mask=attention_mask,
         generation_config=config,
         logits_processor=LogitsProcessorList([sampler]),
-        **({} if cache is None else {"past_key_values": cache}),
+        **({} if cache is None else {cache_name(causal_lm): cache}),
     )
     return [_until_end(row, ends) for row in output[:, length:].tolist()]
 

@@ -232,7 +232,7 @@ class _Reader:
         first = torch.tensor([len(row.prompt_ids) - 1 if row.answer_ids else width for row in rows])
         positions = torch.arange(width, device=self.model.device).expand_as(batch.input_ids)
         predicts = batch.attention_mask.bool() & (positions >= first.to(self.model.device)[:, None])
-        logits, _ = self._forward(batch.input_ids, batch.attention_mask, positions, predicts, use_cache=False)
+        logits = self._forward(batch.input_ids, batch.attention_mask, positions, predicts, use_cache=False)
         return self._answers(indices, logits)
 
     def read_sharing(self, indices: list[int]) -> Iterator[AnswerLogits]:
@@ -249,23 +249,20 @@ class _Reader:
             laid, order = lay_side_by_side(batch, before, after, self.pad_token_id, self.model.device)
             is_answer = laid.scatter(laid.is_token().long(), 0).bool()
             inputs = laid.inputs(self.causal_lm)
-            logits, _ = self._forward(
+            logits = self._forward(
                 *(inputs["input_ids"], inputs["attention_mask"], inputs["position_ids"], is_answer), use_cache=False
             )
             yield self._answers([indices[i] for i in order], logits)
 
-    def _forward(
-        self, ids: Tensor, mask: Tensor, positions: Tensor, keep: Tensor, **options: Any
-    ) -> tuple[Tensor, Any]:
-        """Logits [M, V], fp32, at the M kept positions of [B, T], and the cache."""
+    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, keep: Tensor, **options: Any) -> Tensor:
+        """Logits [M, V], fp32, at the M kept positions of [B, T]."""
         if self.takes_positions:
             options["position_ids"] = positions
         with _head_reads_only(self.causal_lm.get_output_embeddings(), keep):
-            output = self.model(input_ids=ids, attention_mask=mask, **options)
-        logits = output.logits
+            logits = self.model(input_ids=ids, attention_mask=mask, **options).logits
         if logits.shape[:2] != (1, int(keep.sum())):  # not narrowed; prompt tuning has put its tokens in front
             logits = logits[:, -ids.shape[1] :][keep.to(logits.device)][None]
-        return logits[0].float(), output.get("past_key_values")
+        return logits[0].float()
 
     def _answers(self, indices: list[int], logits: Tensor) -> AnswerLogits:
         answers = [self.rows[i].answer_ids for i in indices]

@@ -9,6 +9,8 @@ from distinguishers import make
 from transformers import AutoTokenizer
 
 from hf_imitate.audit_cli import AuditArguments, main, make_parser
+from hf_imitate.audits.audit_plan import dataset_hash
+from hf_imitate.cli_data import load_named
 
 
 @pytest.fixture
@@ -32,6 +34,21 @@ def test_a_folder_and_a_file_become_a_report(tiny_model_dir, data, tmp_path, cap
     assert plan["seed"] == 5
     assert plan["judges"] == {"surface": "surface"}
     assert plan["decoding"] == {"law": "temperature 0.9", "temperature": 0.9, "max_new_tokens": 4}
+
+
+def test_the_questions_that_training_held_out_of_a_file_are_audited(tiny_model_dir, data, tmp_path):
+    """Whoever trains from the shell has one file; audited whole, it would flatter by the rows that were trained on."""
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    data.write_text("\n".join(json.dumps(row | {"prompt": f"{row['prompt']} {i}"}) for i in range(3) for row in rows))
+    arguments = ["--model_name_or_path", str(tiny_model_dir), "--dataset_name", str(data), "--judges", "surface"]
+    arguments += ["--max_new_tokens", "3", "--output_dir", str(tmp_path / "out")]
+    assert main([*arguments, "--test_split_size", "0.25"]) == 0
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+    held_out = load_named(str(data), test_size=0.25)  # as `hf-imitate retrodictive --test_split_size 0.25` does
+    assert held_out["test"].num_rows == 30
+    assert plan["dataset"].startswith("a json file, 30 rows")
+    assert plan["dataset_hash"] == dataset_hash(held_out["test"])
+    assert plan["train_dataset_hash"] == dataset_hash(held_out["train"])
 
 
 def test_what_is_missing_is_named(capsys):

@@ -44,3 +44,11 @@ def test_a_missing_split_is_named_with_those_that_exist(tmp_path):
     rows = load(str(write_rows(tmp_path / "rows.jsonl")))
     with pytest.raises(ValueError, match=r"no split 'test', only train\..*--test_split_size"):
         split_of(rows, "test")
+
+
+def test_a_csv_holds_answers_in_the_letters_of_people(tmp_path):
+    """pandas took "None" for a missing value, hence for a question that nobody answered, and "042" for a number."""
+    (tmp_path / "rows.csv").write_text("prompt,completion\n1,None\n2,N/A\n3,042\n4,\n")
+    rows = load(str(tmp_path / "rows.csv"))["train"]
+    assert rows["completion"][:] == ["None", "N/A", "042", None]
+    assert rows["prompt"][:] == ["1", "2", "3", "4"]

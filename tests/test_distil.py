@@ -27,6 +27,7 @@ def test_two_rounds_leave_imitators_that_load_and_a_distinguisher_for_the_last(t
     printed = capsys.readouterr().out
     assert f"Round 2: {plain[2]:.2f} bits" in printed
     assert f"moves {plain[0] - plain[1]:.2f} bits into the weights" in printed
+    assert (tmp_path / "distil.png").stat().st_size > 10_000
     last = Imitator.from_pretrained(tmp_path / "residual-2", device="cpu")
     assert last.answer(["def dump(obj):\n"], resample=2, max_new_tokens=4)
     stored = json.loads((tmp_path / "residual-2" / "imitation.json").read_text())

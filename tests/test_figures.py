@@ -4,6 +4,7 @@ import sys
 import numpy as np
 import pytest
 
+from hf_imitate.audits import figures
 from hf_imitate.audits.figures import plot_e_values, plot_frontier, plot_losses, plot_paired_accuracies
 from hf_imitate.audits.report import Finding
 
@@ -77,6 +78,23 @@ def test_an_audits_figures_show_what_they_are_given(tmp_path):
     assert ink(two) > ink(rising) > 1000
     nats = np.array([3.0, 4.0, np.inf])
     assert ink(plot_losses(nats, nats[:2] * 2, tmp_path / "e.png")) > 1000
+
+
+def test_no_interval_runs_through_a_legend(tmp_path, monkeypatch):
+    """Short of pairs, the intervals are wide, and one crossed out the words "null control"."""
+    drawn = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure))
+    wide = {"value": 0.5, "unit": "probability", "interval": (0.1, 0.9), "confidence": 0.95, "n": 4}
+    plot_paired_accuracies([Finding(f"{kind}/ngram", **wide) for kind in ("paired_accuracy", "null_control")], "")
+    plot_losses(np.arange(9.0), np.arange(9.0), "")
+    plot_e_values({"ngram": np.arange(4.0)}, "")
+    for figure in drawn:
+        figure.savefig(tmp_path / "a.png")
+        (axes,) = figure.axes
+        legend = axes.get_legend().get_window_extent()
+        assert legend.y0 >= axes.get_window_extent().y1
+        assert legend.y1 <= figure.bbox.y1
+    assert len(drawn) == 3
 
 
 def test_figures_without_anything_to_show_say_so(tmp_path):

@@ -35,9 +35,13 @@ def few_docstrings(monkeypatch):
 
 
 @pytest.mark.parametrize("objective", docstrings.OBJECTIVES)
-def test_docstrings_are_imitated_by_each_objective(objective, few_docstrings, tiny_model_dir, tmp_path, capsys):
+def test_docstrings_are_imitated_by_each_objective(
+    objective, few_docstrings, tiny_model_dir, tmp_path, monkeypatch, capsys
+):
+    """Likelihood from a base that is named, by an adapter; the others from the base that is trained where none is."""
+    monkeypatch.setattr(docstrings, "tiny_base", lambda: tiny_model_dir)
     options = ["--smoke", "--objective", objective, "--output_dir", str(tmp_path)]
-    found = docstrings.main([str(tiny_model_dir), *options])
+    found = docstrings.main([*([str(tiny_model_dir)] if objective == "retrodictive" else []), *options])
 
     assert found["before"] != found["after"]
     assert f"{found['before']:.1f} before" in capsys.readouterr().out
@@ -45,17 +49,24 @@ def test_docstrings_are_imitated_by_each_objective(objective, few_docstrings, ti
     assert (Imitator.from_pretrained(tmp_path).latent is not None) == (objective == "latent")
 
 
-def test_a_file_of_ones_own_becomes_an_imitator_with_an_audit_and_a_card(tiny_model_dir, tmp_path):
-    """A file whose columns have other names, with other columns beside them."""
+@pytest.mark.parametrize("is_named", [True, False])
+def test_a_file_of_ones_own_becomes_an_imitator_with_an_audit_and_a_card(
+    is_named, tiny_model_dir, tmp_path, monkeypatch, capsys
+):
+    """A file whose columns have other names, with other columns beside them, and rows without question or answer."""
     file, folder = tmp_path / "answers.jsonl", tmp_path / "imitator"
     rows = [{"q": f"What is {i // 2} plus {i % 7}?", "a": f"{i // 2 + i % 7}.", "who": i} for i in range(240)]
+    rows += [{"q": "What is 1 plus 1?", "a": None}, {"q": " ", "a": "2."}, {"q": "What is 2 plus 2?", "a": ""}]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    named = ["--question", "q", "--answer", "a", "--answered_by", "a class of pupils"]
-    report = own_dataset.main(
-        [str(file), *named, "--smoke", "--model", str(tiny_model_dir), "--output_dir", str(folder)]
-    )
+    monkeypatch.setattr(own_dataset, "tiny_base", lambda: tiny_model_dir)
+    options = ["--question", "q", "--answer", "a", "--answered_by", "a class of pupils", "--output_dir", str(folder)]
+    options += ["--model", str(tiny_model_dir)] if is_named else []
+    report = own_dataset.main([str(file), *options, "--smoke"])
 
+    assert (folder / "adapter_config.json").is_file() == is_named  # of the tiny base all weights are trained
+
+    assert "3 of 243 rows left out" in capsys.readouterr().out
     assert report["bits_per_answer"].value > 1
     assert AuditReport.load(folder / "audit" / "audit.json").findings == report.findings
     card = (folder / "README.md").read_text(encoding="utf-8")

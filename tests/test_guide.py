@@ -242,7 +242,11 @@ def test_commands_take_their_options():
 
 def test_the_programs_of_start_here_run_in_order(tmp_path, monkeypatch, tiny_model_dir, capsys):
     """From somebody's CSV to an audit, with a tiny base and two steps in place of Qwen and three epochs."""
-    lines = ["question,answer", *(f'"What is {i} plus {i % 7}?","It is {i + i % 7}, I think."' for i in range(200))]
+    lines = [
+        "question,answer,rating",
+        *(f'"What is {i} plus {i % 7}?","It is {i + i % 7}, I think.",' for i in range(200)),
+    ]
+    lines += ["How is it?,,2", ",It is fine.,", "What is left?,None,4", '"What did it\nsay?","""042"", I think. 🙂",5']
     (tmp_path / "answers.csv").write_text("\n".join(lines) + "\n")
     monkeypatch.chdir(tmp_path)
     replaced = {"Qwen/Qwen3-0.6B": str(tiny_model_dir), "num_train_epochs=3": "max_steps=2, report_to='none'"}
@@ -257,9 +261,54 @@ def test_the_programs_of_start_here_run_in_order(tmp_path, monkeypatch, tiny_mod
 
     assert [len(drawn) for drawn in names["answers"]] == [3, 3]
     assert names["found"].is_exact.all()
+    assert len(names["rows"]) == 202
+    assert {"None", '"042", I think. 🙂'} < set(names["rows"]["completion"])
     assert names["report"].num_questions == 40
     assert (tmp_path / "my-imitator" / "audit" / "audit.json").is_file()
     assert "bits_per_answer" in capsys.readouterr().out
+
+
+QUICK_STARTS = {
+    "retrodictive": {"max_length=512": "max_length=256, max_steps=1, report_to='none'"},
+    "adversarial": {
+        "max_completion_length=64": "max_completion_length=6, max_steps=1, imitator_warmup_steps=1, "
+        "distinguisher_warmup_steps=1, report_to='none'"
+    },
+    "latent": {
+        "max_thought_length=64, max_length=512": "max_thought_length=2, max_length=120, max_steps=1, num_thoughts=2, "
+        "retrodictor_warmup_steps=1, per_device_train_batch_size=2, report_to='none'",
+        "num_estimates=64": "num_estimates=4",
+    },
+}
+
+
+@pytest.mark.parametrize("page", QUICK_STARTS)
+def test_the_quick_start_of_a_trainer_runs(page, tmp_path, monkeypatch, tiny_model_dir):
+    """With a tiny base, a few rows and one step; after the game, the page on keeping one of K, too."""
+    monkeypatch.chdir(tmp_path)
+    program = "\n".join(text for name, text, is_run in blocks("python") if name == f"{page}.md" and is_run)
+    replaced = {"Qwen/Qwen3-0.6B": str(tiny_model_dir), "load_docstrings()": 'load_docstrings(["json", "email"])'}
+    for old, new in (replaced | QUICK_STARTS[page]).items():
+        assert program.count(old) == 1, old
+        program = program.replace(old, new)
+    names: dict[str, Any] = {}
+    exec(compile(program, f"{page}.md", "exec"), names)
+    assert names["trainer"].state.global_step >= 1
+    if page == "latent":
+        assert (names["found"].lower_bound < names["found"].nats).all()
+    if page == "adversarial":
+        keep_one_of_k(names)
+
+
+def keep_one_of_k(names: dict[str, Any]) -> None:
+    """All but the two lines that draw thousands of answers, and have tests of their own."""
+    (program,) = (text for name, text, is_run in blocks("python") if name == "residual.md" and is_run)
+    lines = program.replace("me/my-imitator", "docstring-imitator").splitlines()
+    cheap = [line for line in lines if not re.search("^audit|enclose", line)]
+    assert len(lines) - len(cheap) == 2
+    rows = names["dataset"]["train"].select(range(2))
+    names |= {"questions": rows["prompt"][:], "human_answers": rows["completion"][:]}
+    exec(compile("\n".join(["from hf_imitate import Imitator", *cheap]), "residual.md", "exec"), names)
 
 
 # --- coming from TRL

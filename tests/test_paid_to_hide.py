@@ -1,6 +1,7 @@
 """The world in which an imitator is paid for a hidden bit: its numbers are right, and the bit is what is paid."""
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -132,4 +133,14 @@ def test_the_example_says_what_the_price_allows(tmp_path, monkeypatch, capsys):
     example.main(["--budget", "--figure", str(tmp_path / "paid.png")])
     assert asked == [{"seed": 1, "arm": "game, budget"}]
     assert f"0.100: at most {largest_accuracy(0.1):.3f} could arrive" in capsys.readouterr().out
+    assert (tmp_path / "paid.png").stat().st_size > 10_000
+
+
+def test_the_small_form_of_the_example_runs(tmp_path, monkeypatch, capsys):
+    for name in ("TAUGHT_STEPS", "UNTAUGHT_STEPS", "NUM_ROWS", "NUM_JUDGED", "JUDGE_STEPS", "WARMUP", "BATCH"):
+        monkeypatch.setattr(paid, name, getattr(paid, name))  # put back when the test is over
+    example.main(["--smoke", "--budget", "--figure", str(tmp_path / "paid.png")])
+    found = re.search(r"human answers lose  ([\d.]+): at most ([\d.]+) could arrive", capsys.readouterr().out)
+    price, at_most = map(float, found.groups())
+    assert at_most == pytest.approx(largest_accuracy(price), abs=2e-3)
     assert (tmp_path / "paid.png").stat().st_size > 10_000

@@ -1,5 +1,7 @@
 """A question that is read once gives the answers of one that is read for each of them."""
 
+import inspect
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -18,7 +20,7 @@ from transformers import (
 
 from hf_imitate import prefill
 from hf_imitate.imitator import Imitator
-from hf_imitate.prefill import keeps_all_keys, read_once
+from hf_imitate.prefill import cache_name, keeps_all_keys, read_once
 
 ENDS = {"vocab_size": 4, "bos_token_id": None, "eos_token_id": 3, "pad_token_id": 3, "initializer_range": 0.3}
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, **ENDS}
@@ -102,6 +104,16 @@ def test_the_cache_holds_each_rows_own_question(monkeypatch):
         for layer, expected in zip(cache.layers, alone.layers, strict=True):
             kept = layer.keys[row, :, 4 - len(own) :]
             torch.testing.assert_close(kept, expected.keys[0], atol=1e-5, rtol=1e-5)
+
+
+def test_keys_and_values_go_by_the_name_that_the_model_has_for_them():
+    """transformers 5.24 calls them `cache`, and warned of the old name whoever drew several answers to a question."""
+
+    class Renamed:
+        def forward(self, input_ids, cache=None): ...
+
+    assert cache_name(Renamed()) == "cache"
+    assert cache_name(qwen()) in inspect.signature(qwen().forward).parameters
 
 
 def test_few_or_different_questions_are_read_with_their_answers():

@@ -1,6 +1,7 @@
 """The Sudoku world: its puzzles are what they claim to be, its measures are right, and every arm runs."""
 
 import inspect
+import re
 from itertools import product
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from benchmarks import acceptance, sudoku, sudoku_rivals
 from benchmarks.worlds import sudoku as world
 from benchmarks.worlds import sudoku_arms as arms
+from examples import sudoku as example
 
 
 def solutions(puzzle, cell=0):
@@ -103,6 +105,18 @@ def test_every_arm_starts_from_the_same_weights_and_measures_the_same_puzzles(qu
     assert runs["game"]["curve"][0]["solve_rate"] == runs["likelihood"]["curve"][0]["solve_rate"]
     assert runs["game"]["curve"][0]["test_nats"] == pytest.approx(runs["rejection"]["curve"][0]["test_nats"])
     assert runs["game"]["last"] != runs["likelihood"]["last"] != runs["grpo"]["last"]
+
+
+def test_the_small_form_of_the_example_shows_both_arms_from_one_start(quick, monkeypatch, capsys):
+    """`quick` puts back what the small form sets."""
+    curves = example.main(["--smoke", "--figure", str(quick / "sudoku.png")])
+    game, likelihood = curves.values()
+    assert game[0]["solve_rate"] == likelihood[0]["solve_rate"]
+    assert [curve[-1]["step"] for curve in (game, likelihood)] == [2, 2]
+    assert game[-1]["test_nats"] != likelihood[-1]["test_nats"]
+    printed = capsys.readouterr().out
+    assert re.search(rf"the game, with a check +{game[-1]['solve_rate']:.3f} +{example.bits(game[-1]):.2f}", printed)
+    assert (quick / "sudoku.png").stat().st_size > 10_000
 
 
 def test_the_sign_flip_test_agrees_with_all_signs_tried():

@@ -21,6 +21,7 @@ from hf_imitate.imitator import Imitator
 from hf_imitate.processed_law import ProcessedLaw
 
 TEST_SIZE, VALID_SIZE = 0.5, 0.1
+FILES = {"csv", "json", "parquet", "text"}
 _SAMPLED = 64  # elements of each weight that enter its fingerprint one by one
 
 
@@ -77,7 +78,7 @@ def make_plan(
         "model": name_of(model),
         "revision": commit_of(model) if isinstance(model, str) else None,
         "weights": weights_fingerprint(imitator.model),
-        "dataset": f"{dataset.info.dataset_name or 'a data set'}, {len(dataset)} rows, hash {rows_hash[:16]}",
+        "dataset": f"{rows_in_words(dataset)}, hash {rows_hash[:16]}",
         "dataset_hash": rows_hash,
         "train_dataset_hash": None if train_dataset is None else dataset_hash(train_dataset),
         "base": None if base is None else name_of(base),
@@ -157,6 +158,12 @@ def _add(digest: "hashlib.blake2b", value: Any, seen: set[int]) -> None:
     else:
         _add(digest, getattr(value, "__dict__", None), seen | {id(value)})
     digest.update(b">")
+
+
+def rows_in_words(dataset: Dataset) -> str:
+    """The data set's name and how many rows there are; a file's rows go by the name of what read them."""
+    name = dataset.info.dataset_name or "a data set"
+    return f"{f'a {name} file' if name in FILES else name}, {len(dataset)} rows"
 
 
 def dataset_hash(dataset: Dataset) -> str:

@@ -117,6 +117,11 @@ def _draw_points(axes: Any, places: list, values: list, number: int, label: str 
     axes.errorbar(middles, places, xerr=reach, linestyle="none", markersize=6, capsize=3, label=label, **style)
 
 
+def _legend_above(axes: Any) -> None:
+    """Where no interval and no curve can run through it."""
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False, fontsize=8)
+
+
 def _say_not_measured(axes: Any, place: int) -> None:
     style = {"color": _GREY, "fontsize": 9, "style": "italic", "ha": "center", "va": "center"}
     axes.annotate("not measured", (0.5, place), xycoords=("axes fraction", "data"), **style)
@@ -155,7 +160,7 @@ def plot_paired_accuracies(findings: Sequence[Any], path: str | Path) -> Path:
     axes.set_ylim(len(judges) - 0.5, -0.5)
     confidence = by_name[f"paired_accuracy/{judges[0]}"].confidence
     axes.set_xlabel(f"how often a fresh judge picks the human's answer ({100 * confidence:g} % interval)", fontsize=9)
-    axes.legend(frameon=False, fontsize=8)
+    _legend_above(axes)
     return _save(figure, path)
 
 
@@ -182,7 +187,7 @@ def plot_e_values(log_e: Mapping[str, Any], path: str | Path) -> Path:
     axes.axhline(0, color=_GREY, linewidth=0.8)
     axes.set_xlabel("test questions seen", fontsize=9)
     axes.set_ylabel("log2 e-value", fontsize=9)
-    axes.legend(frameon=False, fontsize=8)
+    _legend_above(axes)
     return _save(figure, path)
 
 
@@ -210,7 +215,7 @@ def plot_losses(human_nats: Any, imitator_nats: Any, path: str | Path) -> Path:
     axes.set_xlabel("bits that an answer takes under the imitator's law", fontsize=9)
     axes.set_ylabel("share of answers with fewer", fontsize=9)
     axes.set_ylim(0, 1)
-    axes.legend(frameon=False, fontsize=8)
+    _legend_above(axes)
     return _save(figure, path)
 
 

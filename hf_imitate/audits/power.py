@@ -11,7 +11,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_imitate.audits.audit_plan import dataset_hash, name_of
+from hf_imitate.audits.audit_plan import dataset_hash, name_of, rows_in_words
 from hf_imitate.audits.evidence import Evidence
 from hf_imitate.audits.evidence_cache import EvidenceCache, write_text
 from hf_imitate.audits.judges import Judge
@@ -144,7 +144,7 @@ def audit_power(
         rows=_corrected(rows, 1 - confidence),
         model=name_of(model),
         revision=commit_of(model) if isinstance(model, str) else None,
-        dataset=f"{dataset.info.dataset_name or 'a data set'}, {len(dataset)} rows, hash "
+        dataset=f"{rows_in_words(dataset)}, hash "
         f"{dataset_hash(dataset.select_columns('prompt'))[:16]} (of the questions)",
         seed=seed,
         num_questions=len(questions),
