@@ -10,11 +10,12 @@ from benchmarks import contest
 from benchmarks.worlds import contest_arms as arms
 from benchmarks.worlds import contest_judging as judging
 from benchmarks.worlds import contest_tasks as tasks
+from benchmarks.worlds import contest_training as training
 from benchmarks.worlds import contest_verdict as verdicts
 from benchmarks.worlds import notes, notes_arms, sudoku
 from hf_imitate.rendering import Answer
 
-TINY_NOTES = notes_arms.FULL._replace(train=160, dev=80, test=80, judge_rows=120, unanswered=40)
+TINY_NOTES = notes_arms.FULL._replace(train=160, dev=100, test=100, judge_rows=120, unanswered=40)
 TINY_SETTINGS = tasks.NOTES.settings._replace(
     sft=(6, 1e-2),
     larger=(6, 6e-3),
@@ -128,9 +129,9 @@ def made_up(accuracy, bits, seeds=(1, 2, 3), spread=0.0, rng=None, per_group=50)
         wins = rng.binomial(per_group, min(1.0, accuracy + shift), 40).tolist()
         own = (per_group * (bits + 0.1 * rng.standard_normal(40))).tolist()
         cells[seed] = {
-            "judges": dict.fromkeys(
-                judging.JUDGES, {"wins": [wins, [per_group] * 40], "accuracy": accuracy, "bits": 0.1}
-            ),
+            "judges": {
+                name: {"wins": [wins, [per_group] * 40], "accuracy": accuracy, "bits": 0.1} for name in judging.JUDGES
+            },
             "bits_by_group": [own, [per_group] * 40],
         }
     return cells
@@ -284,10 +285,13 @@ def test_judges_that_notice_nothing_cannot_tell(tiny):
 def test_a_tiny_contest_runs_goes_on_opens_and_is_summed_up(tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(contest.arms, "arms_of", lambda task: ["SFT", "combined 1", "one of 8", "distilled once"])
     monkeypatch.setattr(judging, "POWER_SHARES", (0.2,))
+    monkeypatch.setattr(judging, "JUDGES", ("ngram", "neural 0"))
+    monkeypatch.setattr(training, "READINGS", 1)
+    monkeypatch.setattr(contest, "SEEDS", [11])
     path = tmp_path / "contest.json"
     trained = tmp_path / "parts"
     assert contest.run(0.0, ["notes"], path, trained) == 0
-    num_dev = 1 + 2 * 3 + 1
+    num_dev = 1 + 3 + 1
     assert contest.run(60.0, ["notes"], path, trained) == num_dev
     assert contest.run(60.0, ["notes"], path, trained) == 0
 
@@ -295,9 +299,8 @@ def test_a_tiny_contest_runs_goes_on_opens_and_is_summed_up(tmp_path, tiny, monk
     record = contest.read_ledger(path)["cells"]["notes/dev/one of 8/11"]["result"]
     assert record["cpu_seconds"] > contest.read_ledger(path)["cells"]["notes/dev/SFT/11"]["result"]["cpu_seconds"]
     assert record["at"]["1"]["bias"] > 0
-    assert set(record["at"]["1"]["judges"]) == set(judging.JUDGES)
-    monkeypatch.setattr(contest, "SEEDS", [11])
-    assert contest.run(60.0, ["notes"], path, trained) == 1 + 3 + 1
+    assert set(record["at"]["1"]["judges"]) == {"ngram", "neural 0"}
+    assert contest.run(60.0, ["notes"], path, trained) == num_dev
 
     ledger = json.loads(path.read_text())
     table, _, part = contest.summarize(ledger, tiny)

@@ -28,7 +28,7 @@ from hf_imitate.pairs import Pair
 from hf_imitate.rendering import Answer
 
 JUDGES = ("ngram", "neural 0", "neural 1")
-JUDGE_BATCH = 32
+JUDGE_BATCH, TEST_SHARE = 32, 0.4  # a tenth chooses a judge's weights, the rest trains it
 NUM_GROUPS = 40
 POWER_SHARES, POWER_LEVEL, POWER_ASKED = (0.4, 0.2, 0.1), 0.05, 0.2
 NUM_ESTIMATES = 8  # of one-of-K's probability, inside the log
@@ -73,7 +73,7 @@ def pairs_of(rows: Dataset, given: Sequence[Answer]) -> list[Pair]:
 def judged(task: Task, pairs: list[Pair], name: str, folder: Path) -> dict[str, Any]:
     """One judge, trained afresh on some of the questions and asked about others; questions alone decide which."""
     seed = JUDGES.index(name)
-    split = split_questions([pair.prompt for pair in pairs], seed).take(pairs)
+    split = split_questions([pair.prompt for pair in pairs], seed, TEST_SHARE).take(pairs)
     scores = score_split(split, judge(task, name, folder), name, seed)
     margins = np.array([human[0] - imitator[0] for human, imitator in scores.test])
     wins = (margins > 0) + 0.5 * (margins == 0)

@@ -25,8 +25,9 @@ SUDOKU_DEV_GRIDS, SUDOKU_PUZZLES = (
     40,
     1000,
 )  # of the 88 grids that no training saw; as many puzzles for dev as for test
-DOCSTRING_ENDS = (2000, 2800, 4000, 5000)  # train, dev, test, and what the judges' language models read
-NOTES_SIZES = notes_arms.FULL
+DOCSTRING_ENDS = (2000, 3000, 4000, 5000)  # train, dev, test, and what the judges' language models read
+# As many dev as test rows: judges of few rows read .5 where judges of many read .8.
+NOTES_SIZES = notes_arms.FULL._replace(dev=1850, test=1850)
 
 
 class Rows(NamedTuple):
@@ -122,7 +123,7 @@ NOTES = Task(
         more=(3500, notes_arms.MORE_RATE),
         judge_lm=(NOTES_SIZES.judge_lm_steps, notes_arms.JUDGE_LM_RATE),
         judge=(NOTES_SIZES.judge_steps, notes_arms.JUDGE_RATE),
-        game=(180, 8, 8),
+        game=(280, 8, 8),
         game_rates=(1e-3, 2e-4),
         warmup=150,
         residual=(*NOTES_SIZES.distinguisher[:2], notes_arms.DISTINGUISHER_RATE),
