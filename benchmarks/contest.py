@@ -35,9 +35,9 @@ from benchmarks.worlds.contest_training import milliseconds_per_answer
 
 LEDGER, PARTS = RESULTS / "contest.json", RESULTS / "partial" / "contest"
 SEEDS = [11, 12, 13, 14, 15]  # chosen before their first run; settings were found on seed 100
-NUM_SEEDS = 2  # of the other arms
+NUM_SEEDS = 2  # of the other arms; and on dev rows temperatures are swept for so many
 HEADLINE = ("combined 1", "one of 8")
-SWEEP, SFT_SWEEP = (0.8, 0.9, 1.0), (0.7, 0.8, 0.9, 1.0, 1.1)
+SWEEP, SFT_SWEEP = (0.85, 1.0), (0.7, 0.85, 1.0, 1.15)
 SCORED = {"dev": 150, "test": 300}  # questions whose human answers are scored
 NUM_TIMED = 128
 
@@ -113,7 +113,7 @@ def run_cell(cell: Cell, ledger: dict[str, Any], folder: Path = PARTS) -> dict[s
         )
     rows = getattr(task.rows(), part)
     if cell["arm"] == "power":
-        return judging.power(task, arms.law_of(task, "SFT", seed, folder), rows, folder)
+        return judging.power(task, rows, folder)
     law = arms.law_of(task, cell["arm"], seed, folder)
     found = {
         f"{temperature:g}": judging.measured(
@@ -131,6 +131,8 @@ def run_cell(cell: Cell, ledger: dict[str, Any], folder: Path = PARTS) -> dict[s
 
 def temperatures(cell: Cell, ledger: dict[str, Any]) -> tuple[float, ...]:
     """Those that a cell measures: a sweep on dev rows, the chosen one on test rows, the whole frontier for SFT."""
+    if cell["part"] == "dev" and cell["seed"] not in SEEDS[:NUM_SEEDS]:
+        return (1.0,)
     if cell["arm"] == "SFT":
         return SFT_SWEEP
     return SWEEP if cell["part"] == "dev" else (ledger["opened"][cell["task"]]["temperatures"][cell["arm"]],)
@@ -278,7 +280,7 @@ def chosen_for(
 
 def _power_in_words(result: dict[str, Any]) -> str:
     return "; ".join(
-        f"{name} notices {seen['smallest']:.0%}" if seen["smallest"] else f"{name} notices nothing, not even 40%"
+        f"{name} notices {seen['smallest']:.0%}" if seen["smallest"] else f"{name} notices nothing, not even 20%"
         for name, seen in result.items()
     )
 

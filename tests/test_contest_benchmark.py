@@ -184,7 +184,7 @@ def test_who_has_nothing_to_halve_halves_nothing():
 def test_temperature_1_stays_unless_judges_find_another_clearly_harder():
     of_arm = {t: made_up(a, 9.0, per_group=2000) for t, a in ((0.8, 0.65), (0.9, 0.595), (1.0, 0.6))}
     assert verdicts.chosen_temperature(of_arm, ["ngram"]) == 1.0
-    assert verdicts.chosen_temperature(of_arm | {0.9: made_up(0.55, 9.0)}, ["ngram"]) == 0.9
+    assert verdicts.chosen_temperature(of_arm | {0.9: made_up(0.55, 9.0, per_group=2000)}, ["ngram"]) == 0.9
 
 
 def test_the_best_arm_is_one_of_ours_and_loses_no_bits():

@@ -19,7 +19,6 @@ from benchmarks.worlds import contest_arms as arms
 from benchmarks.worlds.contest_tasks import Task
 from benchmarks.worlds.contest_training import DRAW_BATCH, Law, answers, load
 from hf_imitate.audits.distinguishability import judgement_of, score_split
-from hf_imitate.audits.judge_family import contaminated
 from hf_imitate.audits.judges import Judge, lora_judge, ngram_judge
 from hf_imitate.audits.splits import split_questions
 from hf_imitate.causal_lm import load_causal_lm
@@ -30,7 +29,7 @@ from hf_imitate.rendering import Answer
 JUDGES = ("ngram", "neural 0", "neural 1")
 JUDGE_BATCH, TEST_SHARE = 32, 0.4  # a tenth chooses a judge's weights, the rest trains it
 NUM_GROUPS = 40
-POWER_SHARES, POWER_LEVEL, POWER_ASKED = (0.4, 0.2, 0.1), 0.05, 0.2
+POWER_SHARES, POWER_LEVEL, POWER_ASKED = (0.2, 0.1), 0.01, 0.1
 NUM_ESTIMATES = 8  # of one-of-K's probability, inside the log
 LONGEST_GRAM, NUM_COMPARED = 4, 300
 
@@ -86,25 +85,26 @@ def judged(task: Task, pairs: list[Pair], name: str, folder: Path) -> dict[str, 
     }
 
 
-def power(task: Task, law: Law, rows: Dataset, folder: Path) -> dict[str, Any]:
-    """From which share on each judge notices answers that no human gives, where nothing else is wrong.
+def power(task: Task, rows: Dataset, folder: Path) -> dict[str, Any]:
+    """Whether each judge notices an imitator who *is* the human but for a share of answers that no human gives.
 
-    A judge that does not notice `POWER_ASKED` cannot tell, and is left out of the verdict.
+    Equal answers are ties, which teach and test nothing. Who does not notice a tenth cannot tell, and is left out of
+    the verdict.
     """
-    asked = rows["prompt"][:]
-    pairs = pairs_of(rows, answers(task, law, asked, 99))
-    foils = [
-        Answer(task.misfit(question, human), True) for question, human in zip(asked, rows["completion"], strict=True)
-    ]
+    asked, humans = rows["prompt"][:], rows["completion"][:]
+    order = np.random.default_rng(0).permutation(len(asked))
     found = {}
     for name in JUDGES:
-        seen = {
-            f"{share:g}": judged(task, contaminated(pairs, foils, share, seed=0), name, folder)
-            for share in POWER_SHARES
-        }
-        noticed = [share for share in POWER_SHARES if seen[f"{share:g}"]["p"] < POWER_LEVEL]
+        seen = {}
+        for share in POWER_SHARES:
+            given = list(humans)
+            for place in order[: round(share * len(asked))]:
+                given[place] = task.misfit(asked[place], humans[place])
+            seen[share] = judged(task, pairs_of(rows, [Answer(text, True) for text in given]), name, folder)
+        noticed = [share for share, one in seen.items() if one["p"] < POWER_LEVEL]
         found[name] = {
-            "accuracy": {share: one["accuracy"] for share, one in seen.items()},
+            "accuracy": {f"{share:g}": one["accuracy"] for share, one in seen.items()},
+            "p": {f"{share:g}": one["p"] for share, one in seen.items()},
             "smallest": min(noticed) if noticed else None,
             "notices": POWER_ASKED in noticed,
         }

@@ -66,10 +66,10 @@ def draws(seeds: Sequence[int], num_groups: int, rng: np.random.Generator, num: 
 
 
 def means(law: Sums, draw: Draw | None = None) -> tuple[float, float]:
-    """Judges' mean accuracy, and mean bits; NaN where a replicate has no seed of this law."""
+    """Judges' mean accuracy, and mean bits; NaN where a replicate has no seed or no question of this law."""
     groups = np.ones(law.bits.shape[1]) if draw is None else draw.groups
     weights = np.array([1 if draw is None else draw.seeds.get(seed, 0) for seed in law.seeds], float)
-    if not weights.sum():
+    if not weights.sum() or not (law.pairs @ groups).all() or not (law.scored @ groups).all():
         return float("nan"), float("nan")
     accuracy = (law.wins @ groups / (law.pairs @ groups)).mean(axis=1)
     bits = law.bits @ groups / (law.scored @ groups)
@@ -112,12 +112,12 @@ def verdict(arm: Sums, frontier: Sequence[Sums], seed: int = 0, num: int = NUM_R
     best is taken anew in each replicate, which favours SFT. Only seeds of the arm count, for both.
     """
     everyone = draws(arm.seeds, arm.bits.shape[1], np.random.default_rng(seed), num)
-    own_frontier = [_of_seeds(law, arm.seeds) for law in frontier]
+    own_frontier = [_of_seeds(law, arm.seeds) for law in frontier if set(law.seeds) & set(arm.seeds)]
 
     def differences(draw: Draw | None) -> tuple[float, ...]:
         accuracy, bits = means(arm, draw)
         others = np.array([means(law, draw) for law in own_frontier])
-        best_accuracy, best_bits = others.min(axis=0)
+        best_accuracy, best_bits = np.fmin.reduce(others)  # a replicate may lack the seeds of a temperature
         return accuracy, bits, accuracy - best_accuracy, bits - best_bits, accuracy - 0.5 - (best_accuracy - 0.5) / 2
 
     replicates = np.array([differences(draw) for draw in everyone])
@@ -128,8 +128,9 @@ def verdict(arm: Sums, frontier: Sequence[Sums], seed: int = 0, num: int = NUM_R
 
 
 def _of_seeds(law: Sums, seeds: Sequence[int]) -> Sums:
-    places = [law.seeds.index(seed) for seed in seeds]
-    return Sums(*(part[places] for part in law[:4]), list(seeds))
+    common = [seed for seed in law.seeds if seed in seeds]
+    places = [law.seeds.index(seed) for seed in common]
+    return Sums(*(part[places] for part in law[:4]), common)
 
 
 def estimate(law: Sums, seed: int = 0, num: int = NUM_REPLICATES) -> tuple[Estimate, Estimate]:
@@ -142,8 +143,12 @@ def estimate(law: Sums, seed: int = 0, num: int = NUM_REPLICATES) -> tuple[Estim
 
 
 def chosen_temperature(measured: Measured, judges: Sequence[str]) -> float:
-    """1, unless judges' mean accuracy is lower elsewhere by `MARGIN_ACCURACY`: they are noisy, and 1 is the law."""
-    accuracy = {t: means(sums(by_seed, judges))[0] for t, by_seed in measured.items()}
+    """1, unless judges' mean accuracy is lower elsewhere by `MARGIN_ACCURACY`: they are noisy, and 1 is the law.
+
+    Seeds that were asked at each temperature decide.
+    """
+    swept = set.intersection(*(set(by_seed) for by_seed in measured.values()))
+    accuracy = {t: means(sums({seed: by_seed[seed] for seed in swept}, judges))[0] for t, by_seed in measured.items()}
     best = min(accuracy, key=lambda t: (accuracy[t], abs(t - 1)))
     return best if 1.0 not in accuracy or accuracy[best] <= accuracy[1.0] - MARGIN_ACCURACY else 1.0
 
