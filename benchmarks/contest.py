@@ -30,7 +30,7 @@ from benchmarks.acceptance import CHECKOUT, RESULTS, format_table, package_sourc
 from benchmarks.worlds import contest_arms as arms
 from benchmarks.worlds import contest_judging as judging
 from benchmarks.worlds import contest_verdict as verdicts
-from benchmarks.worlds.contest_tasks import TASKS, Task
+from benchmarks.worlds.contest_tasks import TASKS, Task, fingerprint
 from benchmarks.worlds.contest_training import milliseconds_per_answer
 
 LEDGER, PARTS = RESULTS / "contest.json", RESULTS / "partial" / "contest"
@@ -74,7 +74,7 @@ def settings_of(task: Task, arm: str) -> str:
     uses = (*arms.ARMS["SFT" if arm == "power" else arm].uses, "judge_lm", "judge")
     said = (
         [getattr(task.settings, name) for name in uses],
-        (task.distinguisher, task.other_distinguisher, task.unlabelled, [len(part) for part in task.rows()]),
+        (task.distinguisher, task.other_distinguisher, task.unlabelled, fingerprint(task)),
         (SFT_SWEEP if arm == "SFT" else SWEEP, SCORED, judging.JUDGES, judging.POWER_SHARES),
     )
     return hashlib.sha256(repr(said).encode()).hexdigest()[:8]

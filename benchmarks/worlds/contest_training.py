@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from benchmarks.worlds.contest_tasks import Task
+from benchmarks.worlds.contest_tasks import Task, fingerprint
 from benchmarks.worlds.kept import kept, made
 from hf_imitate import Imitator, RetrodictiveConfig, RetrodictiveTrainer
 from hf_imitate.rendering import Answer
@@ -64,7 +64,7 @@ def keep(
         facts["needs"] = sorted({name for need in needs for name in (need.name, *made(need)["needs"])})
         return facts
 
-    settings = [made_of, task.distinguisher, [len(part) for part in task.rows()], seed, [need.name for need in needs]]
+    settings = [made_of, task.distinguisher, fingerprint(task), seed, [need.name for need in needs]]
     return kept(f"{task.name}-{name.replace(' ', '_')}-{seed}", folder, settings, build_and_count)
 
 
