@@ -120,6 +120,24 @@ def test_sums_by_group_add_up_to_the_whole():
     assert judging.by_group(values[::-1], questions[::-1]) == [totals, counts]
 
 
+@pytest.mark.parametrize(("sees", "notices"), [(True, True), (False, False)])
+def test_power_is_what_a_judge_sees_of_misfits_among_ties(monkeypatch, tmp_path, sees, notices):
+    rows = notes.human_rows(notes.questions(400, 5), 5)
+    humans = dict(zip(rows["prompt"], rows["completion"], strict=True))
+
+    def judge(train, valid, seed):
+        def score(prompts, answers):
+            return np.array([float(humans[q] == a.text and sees) for q, a in zip(prompts, answers, strict=True)])
+
+        return score
+
+    monkeypatch.setattr(judging, "judge", lambda task, name, folder: judge)
+    for found in judging.power(tasks.NOTES, rows, tmp_path).values():
+        assert found["notices"] == notices
+        assert found["accuracy"]["0.1"] == pytest.approx(0.55 if sees else 0.5, abs=0.02)
+        assert found["smallest"] == (0.1 if sees else None)
+
+
 def made_up(accuracy, bits, seeds=(1, 2, 3), spread=0.0, rng=None, per_group=50):
     """What one law's cells hold."""
     rng = rng or np.random.default_rng(0)

@@ -88,6 +88,7 @@ class Task:
     oracle: Callable[..., dict[str, float]] | None = None
 
 
+@cache
 def fingerprint(task: Task) -> str:
     """8 hex digits of the rows: what is measured on others does not count."""
     digest = hashlib.sha256()
