@@ -35,30 +35,36 @@ from benchmarks.worlds.contest_training import milliseconds_per_answer
 
 LEDGER, PARTS = RESULTS / "contest.json", RESULTS / "partial" / "contest"
 SEEDS = [11, 12, 13, 14, 15]  # chosen before their first run; settings were found on seed 100
-NUM_SEEDS = 2  # of the other arms; and on dev rows temperatures are swept for so many
+NUM_SEEDS = 2  # of the other arms and of the sweeps
+PARTS_OF_A_TASK = ("dev", "sweep", "test")
 HEADLINE = ("combined 1", "one of 8")
 SWEEP, SFT_SWEEP = (0.85, 1.0), (0.7, 0.85, 1.0, 1.15)
-SCORED = {"dev": 150, "test": 300}  # questions whose human answers are scored
+SCORED = {"dev": 150, "sweep": 150, "test": 300}  # questions whose human answers are scored
 NUM_TIMED = 128
 
 Cell = dict[str, Any]
 
 
 def cells(task: Task, part: str) -> list[Cell]:
-    """Of one task on its dev or test rows, the most important first."""
-    first = [("SFT", seed) for seed in SEEDS[:1]]
+    """Of one task on its dev or test rows; "sweep" is the other temperatures on dev rows."""
     headline = [(arm, seed) for seed in SEEDS for arm in ("SFT", *HEADLINE)]
     rest = [(arm, seed) for arm in arms.arms_of(task) for seed in SEEDS[:NUM_SEEDS]]
-    order = dict.fromkeys([*first, *headline, *rest])
-    power = {"task": task.name, "part": part, "arm": "power", "seed": SEEDS[0]}
-    return [power, *({"task": task.name, "part": part, "arm": arm, "seed": seed} for arm, seed in order)]
+    order = [("power", SEEDS[0]), *dict.fromkeys([*headline, *rest])]
+    if part == "sweep":
+        order = rest
+    return [{"task": task.name, "part": part, "arm": arm, "seed": seed} for arm, seed in order]
 
 
 def all_cells(tasks: Sequence[Task] = tuple(TASKS.values())) -> list[Cell]:
-    """Headline arms and SFT of all tasks, seed by seed, then the rest; test rows after dev rows."""
-    found = [cell for part in ("dev", "test") for task in tasks for cell in cells(task, part)]
-    is_first = {"power": 0, "SFT": 1, **dict.fromkeys(HEADLINE, 1)}
-    return sorted(found, key=lambda c: (c["part"] == "test", is_first.get(c["arm"], 2), SEEDS.index(c["seed"])))
+    """Headline arms and SFT of all tasks, seed by seed, then the rest, then their sweeps; test rows last."""
+    found = [cell for part in PARTS_OF_A_TASK for task in tasks for cell in cells(task, part)]
+
+    def rank(cell: Cell) -> tuple[bool, int, int]:
+        is_first = cell["arm"] in ("SFT", *HEADLINE) and (cell["part"] != "sweep" or cell["arm"] == "SFT")
+        place = 0 if cell["arm"] == "power" else 1 if is_first else 3 if cell["part"] == "sweep" else 2
+        return cell["part"] == "test", place, SEEDS.index(cell["seed"])
+
+    return sorted(found, key=rank)
 
 
 # --- what was measured, kept
@@ -69,13 +75,14 @@ def key_of(cell: Cell) -> str:
     return "/".join(str(cell[name]) for name in ("task", "part", "arm", "seed"))
 
 
-def settings_of(task: Task, arm: str) -> str:
-    """8 hex digits of everything that a cell of this arm depends on, beside the code."""
+def settings_of(task: Task, arm: str, part: str) -> str:
+    """8 hex digits of everything that a cell depends on, beside the code."""
     uses = (*arms.ARMS["SFT" if arm == "power" else arm].uses, "judge_lm", "judge")
     said = (
         [getattr(task.settings, name) for name in uses],
         (task.distinguisher, task.other_distinguisher, task.unlabelled, fingerprint(task)),
-        (SFT_SWEEP if arm == "SFT" else SWEEP, SCORED, judging.JUDGES, judging.POWER_SHARES),
+        (SFT_SWEEP, SWEEP) if part == "sweep" else (),
+        (SCORED, judging.JUDGES, judging.POWER_SHARES),
     )
     return hashlib.sha256(repr(said).encode()).hexdigest()[:8]
 
@@ -104,14 +111,21 @@ def run_cell(cell: Cell, ledger: dict[str, Any], folder: Path = PARTS) -> dict[s
     """Train what is missing and measure one arm of one seed, at each temperature that this part asks for.
 
     Raises:
-        PermissionError: the cell is about test rows that were not opened.
+        PermissionError: the cell is about test rows that were not opened, or were opened with other settings.
     """
     task, part, seed = TASKS[cell["task"]], cell["part"], cell["seed"]
-    if part == "test" and task.name not in ledger["opened"]:
-        raise PermissionError(
-            f"The test rows of {task.name} are not open: `python -m benchmarks.contest open {task.name}`."
-        )
-    rows = getattr(task.rows(), part)
+    if part == "test":
+        opening = ledger["opened"].get(task.name)
+        if opening is None:
+            raise PermissionError(
+                f"The test rows of {task.name} are not open: `python -m benchmarks.contest open {task.name}`."
+            )
+        if opening["settings"][cell["arm"]] != settings_of(task, cell["arm"], part):
+            raise PermissionError(
+                f"The test rows of {task.name} were opened with other settings of '{cell['arm']}'. Go back to "
+                f"those of commit {opening['commit']}."
+            )
+    rows = task.rows().test if part == "test" else task.rows().dev
     if cell["arm"] == "power":
         return judging.power(task, rows, folder)
     law = arms.law_of(task, cell["arm"], seed, folder)
@@ -130,12 +144,13 @@ def run_cell(cell: Cell, ledger: dict[str, Any], folder: Path = PARTS) -> dict[s
 
 
 def temperatures(cell: Cell, ledger: dict[str, Any]) -> tuple[float, ...]:
-    """Those that a cell measures: a sweep on dev rows, the chosen one on test rows, the whole frontier for SFT."""
-    if cell["part"] == "dev" and cell["seed"] not in SEEDS[:NUM_SEEDS]:
+    """Those that a cell measures: 1 on dev rows, the others in the sweep; on test rows the chosen one, SFT at all."""
+    if cell["part"] == "dev":
         return (1.0,)
-    if cell["arm"] == "SFT":
-        return SFT_SWEEP
-    return SWEEP if cell["part"] == "dev" else (ledger["opened"][cell["task"]]["temperatures"][cell["arm"]],)
+    every = SFT_SWEEP if cell["arm"] == "SFT" else SWEEP
+    if cell["part"] == "sweep":
+        return tuple(temperature for temperature in every if temperature != 1)
+    return every if cell["arm"] == "SFT" else (ledger["opened"][cell["task"]]["temperatures"][cell["arm"]],)
 
 
 def run(minutes: float, names: Sequence[str], ledger_path: Path = LEDGER, folder: Path = PARTS) -> int:
@@ -145,10 +160,11 @@ def run(minutes: float, names: Sequence[str], ledger_path: Path = LEDGER, folder
     for cell in all_cells(tasks):
         task, key = TASKS[cell["task"]], key_of(cell)
         ledger = read_ledger(ledger_path)
-        settings = settings_of(task, cell["arm"])
+        settings = settings_of(task, cell["arm"], cell["part"])
         if ledger["cells"].get(key, {}).get("settings") == settings:
             continue
-        if cell["part"] == "test" and task.name not in ledger["opened"]:
+        # What was not chosen at the opening is not measured after it.
+        if cell["part"] == "test" and cell["arm"] not in ledger["opened"].get(task.name, {}).get("settings", {}):
             continue
         if time.monotonic() - begun > 60 * minutes:
             break
@@ -182,7 +198,9 @@ def open_test(name: str, despite: str = "", ledger_path: Path = LEDGER) -> dict[
         raise PermissionError(
             f"The test rows of {name} were opened on {ledger['opened'][name]['date']}, and are opened once."
         )
-    missing = [key_of(cell) for cell in cells(task, "dev") if key_of(cell) not in current(ledger, task)]
+    known = current(ledger, task)
+    wanted = [key_of(cell) for part in ("dev", "sweep") for cell in cells(task, part)]
+    missing = [key for key in wanted if key not in known]
     if missing and not despite:
         raise PermissionError(
             f"{len(missing)} cells of {name} are missing on dev rows, {missing[0]} first. Run them, or give a reason "
@@ -198,7 +216,8 @@ def open_test(name: str, despite: str = "", ledger_path: Path = LEDGER) -> dict[
         "uncommitted": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "temperatures": chosen,
         "best": verdicts.best_arm(laws, frontier),
-        "settings": repr(task.settings),
+        "settings": {arm: settings_of(task, arm, "test") for arm in ("power", *chosen)},
+        "said": repr(task.settings),
         "missing": missing,
         "despite": despite,
     }
@@ -217,18 +236,18 @@ def _git(*arguments: str) -> str:
 
 def current(ledger: dict[str, Any], task: Task) -> dict[str, Any]:
     """The records that were measured with the settings as they are now."""
-    keys = {key_of(cell): cell["arm"] for part in ("dev", "test") for cell in cells(task, part)}
-    return {
-        key: record
-        for key, record in ledger["cells"].items()
-        if key in keys and record["settings"] == settings_of(task, keys[key])
-    }
+    found = {}
+    for cell in (cell for part in PARTS_OF_A_TASK for cell in cells(task, part)):
+        record = ledger["cells"].get(key_of(cell), {})
+        if record.get("settings") == settings_of(task, cell["arm"], cell["part"]):
+            found[key_of(cell)] = record
+    return found
 
 
 def by_arm(ledger: dict[str, Any], task: Task, part: str) -> dict[str, verdicts.Measured]:
-    """Arm -> temperature -> seed -> what was measured."""
+    """Arm -> temperature -> seed -> what was measured; dev rows with their sweeps."""
     known, found = current(ledger, task), {}
-    for cell in cells(task, part):
+    for cell in [*cells(task, part), *(cells(task, "sweep") if part == "dev" else ())]:
         record = known.get(key_of(cell))
         if record and cell["arm"] != "power":
             for temperature, measured in record["result"]["at"].items():

@@ -38,7 +38,7 @@ def tiny(monkeypatch):
     monkeypatch.setitem(contest.TASKS, "notes", task)
     for name, value in {"SEEDS": [11, 12], "NUM_SEEDS": 1, "SWEEP": (1.0,), "SFT_SWEEP": (0.8, 1.0)}.items():
         monkeypatch.setattr(contest, name, value)
-    monkeypatch.setattr(contest, "SCORED", {"dev": 8, "test": 8})
+    monkeypatch.setattr(contest, "SCORED", {"dev": 8, "sweep": 8, "test": 8})
     monkeypatch.setattr(contest, "NUM_TIMED", 4)
     yield task
     tasks._note_rows.cache_clear()
@@ -227,10 +227,10 @@ def test_the_best_arm_is_one_of_ours_and_loses_no_bits():
 def test_headline_arms_and_sft_of_all_tasks_come_first_and_test_rows_last():
     cells = contest.all_cells()
     assert len({contest.key_of(cell) for cell in cells}) == len(cells)
-    num_first = 3 * (1 + 5 * 3)
+    num_first = 3 * (1 + 5 * 3 + 2)  # power, five seeds of three arms, and SFT's sweep on two
     assert {cell["arm"] for cell in cells[:num_first]} == {"power", "SFT", *contest.HEADLINE}
-    parts = [cell["part"] for cell in cells]
-    assert parts == sorted(parts)
+    on_test = [cell["part"] == "test" for cell in cells]
+    assert on_test == sorted(on_test)
     assert {cell["seed"] for cell in cells if cell["arm"] == "combined 3"} == set(contest.SEEDS[:2])
 
 
@@ -247,13 +247,16 @@ def complete(task):
     """A ledger in which all dev cells of a task are measured."""
     laws = {"SFT": (0.7, 9.0), "one of 8": (0.58, 8.5)}
     records = {}
-    for cell in contest.cells(task, "dev"):
+    for cell in [*contest.cells(task, "dev"), *contest.cells(task, "sweep")]:
         result = {"ngram": {"notices": True, "smallest": 0.1, "accuracy": {}}}
         if cell["arm"] != "power":
-            temperatures = contest.SFT_SWEEP if cell["arm"] == "SFT" else contest.SWEEP
+            temperatures = contest.temperatures(cell, {})
             law = made_up(*laws.get(cell["arm"], (0.65, 9.0)), seeds=(cell["seed"],))[cell["seed"]]
             result = {"at": {f"{t:g}": law for t in temperatures}, "cpu_seconds": 1.0, "milliseconds": 1.0}
-        records[contest.key_of(cell)] = {"settings": contest.settings_of(task, cell["arm"]), "result": result}
+        records[contest.key_of(cell)] = {
+            "settings": contest.settings_of(task, cell["arm"], cell["part"]),
+            "result": result,
+        }
     return {"opened": {}, "cells": records}
 
 
@@ -280,6 +283,16 @@ def test_a_cell_of_test_rows_before_the_opening_is_refused(tmp_path, tiny):
     cell = {"task": "notes", "part": "test", "arm": "SFT", "seed": 11}
     with pytest.raises(PermissionError, match="are not open"):
         contest.run_cell(cell, {"opened": {}, "cells": {}}, tmp_path)
+
+
+def test_test_rows_are_measured_with_the_settings_they_were_opened_with_alone(tmp_path, tiny, monkeypatch):
+    path = tmp_path / "contest.json"
+    contest.write_ledger(path, complete(tiny))
+    contest.open_test("notes", ledger_path=path)
+    monkeypatch.setattr(contest, "SCORED", {"dev": 8, "sweep": 8, "test": 9})
+    cell = {"task": "notes", "part": "test", "arm": "combined 1", "seed": 11}
+    with pytest.raises(PermissionError, match="other settings of 'combined 1'"):
+        contest.run_cell(cell, contest.read_ledger(path), tmp_path)
 
 
 def test_cells_of_other_settings_are_no_part_of_the_table(tiny):
@@ -310,7 +323,7 @@ def test_a_tiny_contest_runs_goes_on_opens_and_is_summed_up(tmp_path, tiny, monk
     trained = tmp_path / "parts"
     assert contest.run(0.0, ["notes"], path, trained) == 0
     num_dev = 1 + 3 + 1
-    assert contest.run(60.0, ["notes"], path, trained) == num_dev
+    assert contest.run(60.0, ["notes"], path, trained) == num_dev + 4
     assert contest.run(60.0, ["notes"], path, trained) == 0
 
     contest.open_test("notes", ledger_path=path)
