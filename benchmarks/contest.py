@@ -284,7 +284,8 @@ def summarize(ledger: dict[str, Any], task: Task) -> tuple[list[dict[str, Any]],
     best = ledger["opened"][task.name]["best"] if part == "test" else verdicts.best_arm(laws, frontier)
     for arm in dict.fromkeys((best, *HEADLINE)):
         if arm in laws:
-            words.append(_in_words(arm, arm == best, verdicts.verdict(laws[arm], frontier)))
+            words.append(_in_words(arm, arm == best, verdicts.verdict(laws[arm], frontier), len(laws[arm].seeds)))
+    words.append(f"the frontier is SFT at {', '.join(f'{t:g}' for t in sorted(measured['SFT']))}")
     return table, words, part
 
 
@@ -304,11 +305,11 @@ def _power_in_words(result: dict[str, Any]) -> str:
     )
 
 
-def _in_words(arm: str, is_best: bool, seen: verdicts.Verdict) -> str:
+def _in_words(arm: str, is_best: bool, seen: verdicts.Verdict, num_seeds: int) -> str:
     def said(one: verdicts.Estimate) -> str:
         return f"{one.value:+.3f} [{one.low:+.3f}, {one.high:+.3f}]"
 
-    best = " (best on dev rows)" if is_best else ""
+    best = f" ({'best on dev rows; ' if is_best else ''}{num_seeds} seed{'s' if num_seeds > 1 else ''})"
     return (
         f"{arm}{best}: judges' accuracy minus SFT's lowest {said(seen.less_seen)}, bits minus SFT's fewest "
         f"{said(seen.dearer)}: {'beyond' if seen.beyond else 'not beyond'} the frontier; advantage minus half of "
@@ -326,7 +327,7 @@ def figure(ledger: dict[str, Any], task: Task, path: Path) -> None:
         for arm, of_arm in measured.items()
         if arm != "SFT"
     }
-    verdicts.plot(frontier, laws, HEADLINE, f"{task.name}, {part} rows", path)
+    verdicts.plot(frontier, laws, HEADLINE, f"{task.name}, {part} rows; bars: 95 % over questions and seeds", path)
 
 
 def main(arguments: list[str] | None = None) -> int:
