@@ -25,7 +25,7 @@ TINY_SETTINGS = tasks.NOTES.settings._replace(
     game=(2, 4, 2),
     warmup=2,
     residual=(4, 16, 5e-4),
-    distil=(3, 5e-3, 20),
+    distil=(3, 5e-3, 20, 2),
 )
 
 

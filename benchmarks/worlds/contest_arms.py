@@ -194,13 +194,15 @@ def distilled(task: Task, seed: int, folder: Path, rounds: int = 1) -> Path:
     """Likelihood of the human rows and of picked answers to questions that nobody answered, from where it was."""
     before = start(task, seed, folder) if rounds == 1 else distilled(task, seed, folder, rounds - 1)
     teacher = residual(task, seed, folder, before)
-    steps, rate, questions = task.settings.distil
+    steps, rate, questions, picks = task.settings.distil
 
     def build(path: Path) -> dict[str, Any]:
         asked = task.rows().unanswered[(rounds - 1) * questions :][:questions] or task.rows().unanswered
-        picked = answered(task, Law(teacher, 8), asked, 10_000 + rounds)
-        both = concatenate_datasets([task.rows().train, picked])
-        return fit(task, trainable(task, before), both, path, steps, rate, seed) | {"num_picked": len(picked)}
+        picked = [answered(task, Law(teacher, 8), asked, 10_000 + 100 * rounds + draw) for draw in range(picks)]
+        both = concatenate_datasets([task.rows().train, *picked])
+        return fit(task, trainable(task, before), both, path, steps, rate, seed) | {
+            "num_picked": sum(map(len, picked))
+        }
 
     return _keep(task, f"distilled {rounds}", folder, seed, [teacher], DISTILLED, build)
 

@@ -52,7 +52,7 @@ class Settings(NamedTuple):
     game_rates: tuple[float, float]  # imitator, distinguisher
     warmup: int  # steps of a distinguisher that is not the one taught for one-of-K, before the game
     residual: tuple[int, int, float]  # steps, answers in each, rate
-    distil: tuple[int, float, int]  # steps, rate, questions asked in a round
+    distil: tuple[int, float, int, int]  # steps, rate, questions asked in a round, answers kept to each
     budget: float  # nats that the budgeted game may lose
     rejection: tuple[int, int, int, float] = (0, 0, 0, 0.0)  # rounds, questions, steps in each, rate
 
@@ -137,7 +137,12 @@ NOTES = Task(
         game_rates=(1e-3, 2e-4),
         warmup=150,
         residual=(*NOTES_SIZES.distinguisher[:2], notes_arms.DISTINGUISHER_RATE),
-        distil=(NOTES_SIZES.distil_steps, notes_arms.DISTIL_RATE, NOTES_SIZES.unanswered),
+        distil=(
+            NOTES_SIZES.distil_steps,
+            notes_arms.DISTIL_RATE,
+            NOTES_SIZES.unanswered,
+            notes_arms.PICKED_PER_QUESTION,
+        ),
         budget=0.1,
     ),
     distinguisher="larger",
@@ -223,7 +228,7 @@ SUDOKU = Task(
         game_rates=(sudoku_arms.RATE, sudoku_arms.DISTINGUISHER_RATE),
         warmup=60,
         residual=(200, residual_sudoku.DISTINGUISHER_BATCH, residual_sudoku.DISTINGUISHER_RATE),
-        distil=(300, residual_sudoku.DISTIL_RATE, 2000),
+        distil=(300, residual_sudoku.DISTIL_RATE, 2000, 1),
         budget=0.1,
         rejection=(4, 2500, 250, sudoku_arms.RATE),
     ),
@@ -290,7 +295,7 @@ DOCSTRINGS = Task(
         game_rates=(5e-4, 5e-4),
         warmup=100,
         residual=(110, 32, residual_docstrings.DISTINGUISHER_RATES["larger"]),
-        distil=(300, residual_docstrings.IMITATOR_RATE / 4, 1000),
+        distil=(300, residual_docstrings.IMITATOR_RATE / 4, 1000, 2),
         budget=0.5,
     ),
     distinguisher="ngram + larger",
