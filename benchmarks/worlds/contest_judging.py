@@ -160,9 +160,7 @@ def measured(task: Task, law: Law, rows: Dataset, scored: int, folder: Path, see
     pairs = pairs_of(rows, given)
     nats, bias = log_prob(task, law, imitator, asked[:scored], humans[:scored])
     bits = -nats / math.log(2)
-    ids = [
-        [task.tokenizer()(text)["input_ids"] for text in side] for side in (humans, [answer.text for answer in given])
-    ]
+    ids = [task.tokenizer()(texts)["input_ids"] for texts in (humans, [answer.text for answer in given])]
     found: dict[str, Any] = {
         "judges": {name: judged(task, pairs, name, folder) for name in JUDGES},
         "bits": round(float(bits.mean()), 4),

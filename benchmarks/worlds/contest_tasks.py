@@ -279,7 +279,7 @@ def words_exchanged(question: str, answer: str) -> str:
 DOCSTRINGS = Task(
     name="docstrings",
     rows=_docstring_rows,
-    tokenizer=residual_docstrings.tokenizer,
+    tokenizer=cache(residual_docstrings.tokenizer),
     new_model=_docstring_model,
     judge_rows=lambda number: _docstring_parts()[3],
     misfit=words_exchanged,
