@@ -21,7 +21,7 @@ TINY_SETTINGS = tasks.NOTES.settings._replace(
     larger=(6, 6e-3),
     more=(4, 3e-3),
     judge_lm=(6, 5e-3),
-    judge=(4, 7e-4),
+    judge=(4, 7e-4, 1),
     game=(2, 4, 2),
     warmup=2,
     residual=(4, 16, 5e-4),
@@ -136,6 +136,18 @@ def test_power_is_what_a_judge_sees_of_misfits_among_ties(monkeypatch, tmp_path,
         assert found["notices"] == notices
         assert found["accuracy"]["0.1"] == pytest.approx(0.55 if sees else 0.5, abs=0.02)
         assert found["smallest"] == (0.1 if sees else None)
+
+
+def test_of_several_trainings_the_best_on_validation_pairs_judges():
+    pairs = judging.pairs_of(notes.human_rows(notes.questions(20, 5), 5), [Answer("", True)] * 20)
+
+    def judge(train, valid, seed):
+        sign = {0: 0.0, 1000: 1.0, 2000: -1.0}[seed]
+        return lambda prompts, answers: np.array([sign * len(answer.text) for answer in answers])
+
+    scorer = judging.best_of(judge, 3)([], pairs, 0)
+    assert scorer([""], [Answer("abc", True)]) == [3.0]
+    assert judging.best_of(judge, 1)([], pairs, 0)([""], [Answer("abc", True)]) == [0.0]
 
 
 def made_up(accuracy, bits, seeds=(1, 2, 3), spread=0.0, rng=None, per_group=50):

@@ -19,7 +19,7 @@ from benchmarks.worlds import contest_arms as arms
 from benchmarks.worlds.contest_tasks import Task
 from benchmarks.worlds.contest_training import DRAW_BATCH, Law, answers, load
 from hf_imitate.audits.distinguishability import judgement_of, score_split
-from hf_imitate.audits.judges import Judge, lora_judge, ngram_judge
+from hf_imitate.audits.judges import Judge, Scorer, lora_judge, ngram_judge
 from hf_imitate.audits.splits import split_questions
 from hf_imitate.causal_lm import load_causal_lm
 from hf_imitate.e_values import sign_test_p_value
@@ -55,10 +55,28 @@ def judge(task: Task, name: str, folder: Path) -> Judge:
         return ngram_judge
     number = int(name.split()[-1])
     base, tokenizer = load_causal_lm(arms.judge_body(task, number, folder), "cpu", None)
-    num_steps, learning_rate = task.settings.judge
-    return lora_judge(
+    num_steps, learning_rate, num_trainings = task.settings.judge
+    once = lora_judge(
         base, tokenizer, full=True, num_steps=num_steps, batch_size=JUDGE_BATCH, learning_rate=learning_rate
     )
+    return best_of(once, num_trainings)
+
+
+def best_of(judge: Judge, num_trainings: int) -> Judge:
+    """The training whose loss on the validation pairs is the smallest: now and then one learns nothing at all."""
+
+    def train_judge(train: list[Pair], valid: list[Pair], seed: int) -> Scorer:
+        scorers = [judge(train, valid, seed + 1000 * number) for number in range(num_trainings)]
+        return min(scorers, key=lambda scorer: _loss(scorer, valid)) if num_trainings > 1 else scorers[0]
+
+    return train_judge
+
+
+def _loss(scorer: Scorer, pairs: list[Pair]) -> float:
+    """Bradley and Terry's, nats."""
+    asked = [pair.prompt for pair in pairs]
+    margins = scorer(asked, [pair.human for pair in pairs]) - scorer(asked, [pair.imitator[0] for pair in pairs])
+    return float(np.logaddexp(0, -margins).mean())
 
 
 def pairs_of(rows: Dataset, given: Sequence[Answer]) -> list[Pair]:

@@ -47,7 +47,7 @@ class Settings(NamedTuple):
     larger: tuple[int, float]
     more: tuple[int, float]  # the start, continued for as long as the dearest arm
     judge_lm: tuple[int, float]
-    judge: tuple[int, float]
+    judge: tuple[int, float, int]  # steps, rate, from how many trainings the better on validation pairs is taken
     game: tuple[int, int, int]  # steps, questions in each, answers to each
     game_rates: tuple[float, float]  # imitator, distinguisher
     warmup: int  # steps of a distinguisher that is not the one taught for one-of-K, before the game
@@ -132,7 +132,7 @@ NOTES = Task(
         larger=(NOTES_SIZES.large_steps, notes_arms.LARGE_RATE),
         more=(3500, notes_arms.MORE_RATE),
         judge_lm=(NOTES_SIZES.judge_lm_steps, notes_arms.JUDGE_LM_RATE),
-        judge=(NOTES_SIZES.judge_steps, 1.5e-3),
+        judge=(NOTES_SIZES.judge_steps, 1.5e-3, 2),  # one training in some ten learns nothing
         game=(280, 8, 8),
         game_rates=(1e-3, 2e-4),
         warmup=150,
@@ -223,7 +223,7 @@ SUDOKU = Task(
         larger=(300, sudoku_arms.START_RATE),
         more=(1700, sudoku_arms.RATE / 8),
         judge_lm=(500, sudoku_arms.START_RATE),
-        judge=(120, 5e-4),
+        judge=(120, 5e-4, 1),
         game=(220, 12, 8),
         game_rates=(sudoku_arms.RATE, sudoku_arms.DISTINGUISHER_RATE),
         warmup=60,
@@ -290,7 +290,7 @@ DOCSTRINGS = Task(
         larger=(residual_docstrings.FULL.larger_steps, residual_docstrings.LARGER_LM_RATE),
         more=(850, residual_docstrings.IMITATOR_RATE / 4),
         judge_lm=(residual_docstrings.FULL.judge_lm_steps, residual_docstrings.JUDGE_LM_RATE),
-        judge=(residual_docstrings.FULL.judge_steps, 7e-4),
+        judge=(residual_docstrings.FULL.judge_steps, 7e-4, 1),
         game=(60, 8, 8),
         game_rates=(5e-4, 5e-4),
         warmup=100,
