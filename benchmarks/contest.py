@@ -286,6 +286,8 @@ def summarize(ledger: dict[str, Any], task: Task) -> tuple[list[dict[str, Any]],
         if arm in laws:
             words.append(_in_words(arm, arm == best, verdicts.verdict(laws[arm], frontier), len(laws[arm].seeds)))
     words.append(f"the frontier is SFT at {', '.join(f'{t:g}' for t in sorted(measured['SFT']))}")
+    if part == "dev":
+        words.append("nothing is claimed: arm and temperatures were chosen on these rows")
     return table, words, part
 
 
