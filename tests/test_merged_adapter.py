@@ -58,3 +58,18 @@ def test_what_cannot_be_put_back_exactly_stays_as_it_is(make):
         inside = model.state_dict()
     assert all(value.data_ptr() == before[name][0] for name, value in inside.items())
     assert all(torch.equal(value, before[name][1]) for name, value in inside.items())
+
+
+def test_inside_another_and_where_the_user_has_merged_it_the_law_stays_afterwards_too():
+    model = adapted()
+    with torch.no_grad():
+        law = model(IDS).logits
+        with merged_adapter(model):
+            with merged_adapter(model):
+                torch.testing.assert_close(model(IDS).logits, law, atol=1e-5, rtol=0)
+            torch.testing.assert_close(model(IDS).logits, law, atol=1e-5, rtol=0)
+        assert torch.equal(model(IDS).logits, law)
+        model.merge_adapter()
+        with merged_adapter(model):
+            torch.testing.assert_close(model(IDS).logits, law, atol=1e-5, rtol=0)
+        torch.testing.assert_close(model(IDS).logits, law, atol=1e-5, rtol=0)

@@ -3,9 +3,25 @@
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from test_prefill import gpt2, llama, qwen, windowed
+from test_prefill import ENDS, SHAPE, gpt2, llama, qwen, seeded, windowed
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    FalconConfig,
+    FalconForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+    RobertaConfig,
+    RobertaForCausalLM,
+)
 from trl.trainer.utils import add_fused_lm_head
 
+import hf_imitate.side_by_side
 from hf_imitate.rendering import Rendered
 from hf_imitate.side_by_side import (
     lay_side_by_side,
@@ -98,6 +114,51 @@ def test_a_model_that_forgets_reads_each_answer_alone():
     assert not reads_side_by_side(windowed())
 
 
+def bidirectional():
+    model = qwen()
+    model.config.is_causal = False
+    return model
+
+
+def mixture(is_balanced):
+    config = MixtralConfig(**SHAPE, num_key_value_heads=1, num_local_experts=2, output_router_logits=is_balanced)
+    return seeded(MixtralForCausalLM, config)
+
+
+OTHERS = {
+    "positions counted from the padding's id": lambda: seeded(
+        RobertaForCausalLM, RobertaConfig(**SHAPE, is_decoder=True)
+    ),
+    "ALiBi": lambda: seeded(FalconForCausalLM, FalconConfig(**SHAPE, alibi=True)),
+    "no cache": lambda: seeded(OpenAIGPTLMHeadModel, OpenAIGPTConfig(n_embd=16, n_layer=2, n_head=2, **ENDS)),
+    "an encoder": lambda: seeded(BertForSequenceClassification, BertConfig(**SHAPE)),
+    "made bidirectional": bidirectional,
+    "experts balanced by the mask": lambda: mixture(True),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_models_that_see_or_count_otherwise_read_each_text_alone(kind):
+    """RoBERTa's states were silently another text's, ALiBi's and the others' an error."""
+    model = OTHERS[kind]()
+    before, after = [[0, 1, 2, 0, 1, 2, 1], [1]], [[1, 2], [2]]
+    assert side_by_side(model, before, after, 3) is None
+    assert not reads_side_by_side(model.base_model)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: seeded(FalconForCausalLM, FalconConfig(**SHAPE)),
+        lambda: seeded(GPTNeoXForCausalLM, GPTNeoXConfig(**SHAPE)),
+        lambda: mixture(False),
+        lambda: LlamaForSequenceClassification(llama().config),
+    ],
+)
+def test_their_relatives_are_read_side_by_side(make):
+    assert reads_side_by_side(make())
+
+
 def batch():
     """Two questions with three answers each, as TRL lays them: padded in front and at the end; one answer is empty."""
     asked, answers = [[0, 1, 2, 0, 1, 1], [2, 2, 1, 0]], [[1, 1, 0], [2], [0, 1], [2, 2, 1], [0], []]
@@ -140,6 +201,20 @@ def test_trls_log_probs_entropies_and_gradients_stay_where_questions_are_read_on
         torch.testing.assert_close(shared, plain, atol=1e-5, rtol=1e-4)
     assert shapes[0] == (6, 9)
     assert shapes[-1].numel() == 18  # 5 and 3 of the questions, 6 and 4 of the answers
+
+
+@pytest.mark.parametrize("least", [0.0, 1.0])
+def test_positions_are_counted_from_a_questions_start_however_it_is_read(least, monkeypatch):
+    """TRL gives none, so GPT-2 would count the padding before a question, as it does not while it draws."""
+    monkeypatch.setattr(hf_imitate.side_by_side, "MIN_SPARED", least)  # all of it, or none, side by side
+    model = gpt2()
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    given = batch()
+    found = QuestionsReadOnce(model, model, 3)(**given, fused_lm_head=True).log_probs
+    for row, (ids, mask, labels) in enumerate(zip(*given.values(), strict=True)):
+        plain = model(input_ids=ids[mask == 1][None], labels=labels[mask == 1][None], fused_lm_head=True).log_probs
+        is_answer = labels[1:] != -100
+        torch.testing.assert_close(found[row, is_answer], plain[0, plain[0] != 0], atol=1e-5, rtol=0)
 
 
 def rows_of_likelihood():
