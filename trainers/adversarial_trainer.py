@@ -305,8 +305,8 @@ class AdversarialTrainer(FiniteSteps, AdversarialSaving, AdversarialPlan, GRPOTr
         with merged_adapter(self.model):
             try:
                 return super()._generate(prompts)
-            except RuntimeError:
-                if self.use_vllm or self.generation_config.remove_invalid_values:
+            except RuntimeError as error:
+                if "probability tensor" not in str(error) or self.generation_config.remove_invalid_values:
                     raise
                 draw_despite_nans(self)
                 return super()._generate(prompts)
