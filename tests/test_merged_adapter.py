@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from test_prefill import qwen
+from test_prefill import SHAPE, qwen, seeded
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from hf_imitate.merged_adapter import merged_adapter
 
@@ -49,7 +50,12 @@ def prompt_tuned():
     return get_peft_model(qwen(), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
 
 
-@pytest.mark.parametrize("make", [lambda: adapted().bfloat16(), tied, prompt_tuned, qwen])
+def biased():
+    base = seeded(Qwen3ForCausalLM, Qwen3Config(**SHAPE, num_key_value_heads=1, head_dim=8, attention_bias=True))
+    return get_peft_model(base, LoraConfig(target_modules=["q_proj"], lora_bias=True, init_lora_weights=False))
+
+
+@pytest.mark.parametrize("make", [lambda: adapted().bfloat16(), tied, biased, prompt_tuned, qwen])
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_what_cannot_be_put_back_exactly_stays_as_it_is(make):
     model = make()

@@ -78,6 +78,13 @@ def test_rows_are_filled_up_where_padding_costs_more_than_length():
     assert without_padding(rows, [5, 5, 5, 5], width=1) == rows
 
 
+def test_no_row_is_filled_up_beyond_the_longest_mask(monkeypatch):
+    monkeypatch.setattr(hf_imitate.side_by_side, "MAX_ROW", 8)
+    rows, lengths = [[0], [1], [2, 3], [4]], [6, 3, 3, 2]
+    assert sorted(map(sorted, without_padding(rows, lengths, width=1000))) == [[0], [1, 2, 3], [4]]
+    assert without_padding(rows[:2], [20, 19], width=1000) == [[0], [1]]
+
+
 def test_texts_of_different_lengths_are_read_without_padding_on_a_cpu():
     before, after = [[0] * 9, [1], [2] * 2, [0]], [[1], [2, 1], [0], [1, 1]]
     assert not sharing_pays(before, after)
@@ -88,15 +95,21 @@ def test_texts_of_different_lengths_are_read_without_padding_on_a_cpu():
     assert side_by_side(qwen(), [[0], [1]], [[1], [2]], pad_token_id=3) is None
 
 
-def test_a_sum_of_log_probs_is_that_of_each_answer_alone():
+@pytest.mark.parametrize("last", [[0, 3], []])
+def test_a_sum_of_log_probs_is_that_of_each_answer_alone(last):
+    """Rows come back in their order; an answer that was cut before its first token is certain."""
     model = qwen()
     head = SparingHead.of(model)
     rows = [
-        Rendered([0, 1, 2, 0, 1, 2], [1, 3], True),
         Rendered([1], [2], False),
         Rendered([2, 2], [0, 1, 1, 3], True),
-        Rendered([1], [0, 3], True),
+        Rendered([0, 1, 2, 0, 1, 2], [1, 3], True),
+        Rendered([1], last, bool(last)),
     ]
+    laid = head._laid(rows, 3)
+    order = [0, 1, 2, 3] if laid is None else laid[1]
+    # To sort and to unsort differ.
+    assert laid is None if not last else [order[i] for i in order] != [0, 1, 2, 3]
     with torch.no_grad():
         together = head.answer_log_probs(model, rows, 3)
         alone = torch.cat([head.answer_log_probs(model, [row], 3) for row in rows])
@@ -252,6 +265,18 @@ def test_tokens_of_prompt_tuning_are_seen_by_reading_each_row_anew():
     model = qwen()
     assert causal_lm_of(model) is model
     assert causal_lm_of(get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))) is None
+
+
+@pytest.mark.parametrize("row", [slice(0, 4), slice(4, 6)])
+def test_what_is_not_a_question_and_then_its_answer_is_read_as_it_is(row):
+    """A token that is read and not scored after one that is; an answer with nothing before it."""
+    seen, given = [], rows_of_likelihood()
+    given["labels"][0] = given["input_ids"][0] if row.start else -100
+    given["labels"][0, row] = given["input_ids"][0, row]
+    given["attention_mask"][0] = 1
+    asking = QuestionsReadOnce(lambda **inputs: seen.append(inputs), qwen(), 3)
+    asking(**given, fused_lm_head=True)
+    assert seen[0]["input_ids"].shape == (3, 9)
 
 
 def test_a_model_asked_for_more_than_text_is_asked_as_it_is():
