@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -287,6 +288,14 @@ def reads_side_by_side(causal_lm: Any) -> bool:
         return False  # GPT-Neo's window does not show in its cache
     layers = DynamicCache(config=config).layers
     return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+
+
+def adapts_each_token_alone(model: Any) -> bool:
+    """Whether an adapter, if there is one, does: prompt tuning puts tokens in front, and aLoRA looks for words."""
+    if not isinstance(model, PeftModel):
+        return True
+    config = model.active_peft_config
+    return not config.is_prompt_learning and not getattr(config, "alora_invocation_tokens", None)
 
 
 def _sees_what_comes_later(config: Any) -> bool:

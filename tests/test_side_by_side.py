@@ -261,10 +261,19 @@ def test_rows_of_likelihood_are_read_without_padding_and_scored_on_their_answers
     assert scored == [7]
 
 
-def test_tokens_of_prompt_tuning_are_seen_by_reading_each_row_anew():
+@pytest.mark.parametrize(
+    "config",
+    [
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+        LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[2]),
+    ],
+)
+def test_what_an_adapter_puts_in_front_or_looks_for_is_seen_by_reading_each_row_anew(config):
     model = qwen()
     assert causal_lm_of(model) is model
-    assert causal_lm_of(get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))) is None
+    adapted = get_peft_model(model, config)
+    assert causal_lm_of(adapted) is None
+    assert SparingHead.of(adapted) is None
 
 
 @pytest.mark.parametrize("row", [slice(0, 4), slice(4, 6)])

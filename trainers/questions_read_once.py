@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_imitate.side_by_side import reads_side_by_side, side_by_side, split_before_last
+from hf_imitate.side_by_side import adapts_each_token_alone, reads_side_by_side, side_by_side, split_before_last
 
 IGNORED = -100
 READ = ("input_ids", "attention_mask", "labels")
@@ -22,10 +22,10 @@ def is_padded_text(inputs: dict[str, Any]) -> bool:
 
 
 def causal_lm_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel | None:
-    """The model without its adapters; `None` where they are tokens in front, which side by side nobody sees."""
-    if not isinstance(model, PeftModel):
-        return model
-    return None if model.active_peft_config.is_prompt_learning else model.get_base_model()
+    """The model without its adapters; `None` where they are more than weights, which side by side would be lost."""
+    if not adapts_each_token_alone(model):
+        return None
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 class QuestionsReadOnce:
