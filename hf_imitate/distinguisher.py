@@ -371,8 +371,8 @@ class Distinguisher:
             yield
             return
         flags, previous = [(p, p.requires_grad) for p in self.model.parameters()], self.model.active_adapter
-        self.model.set_adapter(self.adapter_name)
         try:
+            self.model.set_adapter(self.adapter_name)
             yield
         finally:
             self.model.set_adapter(previous)

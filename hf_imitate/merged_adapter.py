@@ -41,8 +41,8 @@ def _layers(model: Any) -> list[Any]:
     if not isinstance(model, PeftModel) or not isinstance(model.active_peft_config, LoraConfig):
         return []
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    if any(any(layer.lora_bias.values()) for layer in layers):
-        return []  # the base's bias would be merged into, too
+    if any(layer.merged or any(layer.lora_bias.values()) for layer in layers):
+        return []  # somebody else's to put back; the base's bias would be merged into, too
     weights = [getattr(layer.get_base_layer(), "weight", None) for layer in layers]
     plain = [weight for weight in weights if _is_plain(weight)]
     ids = {id(weight) for weight in plain}

@@ -16,6 +16,7 @@ from hf_imitate.batching import forward_cost, similar_lengths, tokens_at_once
 from hf_imitate.log_probs import chosen_log_probs
 from hf_imitate.rendering import Rendered, collate
 from hf_imitate.side_by_side import (
+    adapts_each_token_alone,
     lay_side_by_side,
     reads_side_by_side,
     row_batches,
@@ -185,10 +186,10 @@ class _Reader:
         self.model, self.rows, self.pad_token_id, self.batch_size = model, rows, pad_token_id, batch_size
         self.causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
         self.vocab_size = model.config.get_text_config().vocab_size
-        is_prompt_tuned = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+        is_plain = adapts_each_token_alone(model)
         self.takes_positions = "position_ids" in inspect.signature(self.causal_lm.forward).parameters
-        self.takes_positions = self.takes_positions and not is_prompt_tuned
-        self.can_share = not is_prompt_tuned and reads_side_by_side(self.causal_lm)
+        self.takes_positions = self.takes_positions and is_plain
+        self.can_share = is_plain and reads_side_by_side(self.causal_lm)
 
     def sharing(self) -> list[int]:
         """Answers whose question is read once for several of them: where enough of its tokens are spared."""

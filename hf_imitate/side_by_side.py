@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -273,11 +274,36 @@ def reads_side_by_side(causal_lm: Any) -> bool:
     A sliding window or a recurrent state goes by the place in the row; flash attention takes no such mask; and where
     positions cannot be given, they are the places in the row.
     """
-    config = causal_lm.config
-    parameters = inspect.signature(causal_lm.forward).parameters
-    if "position_ids" not in parameters or getattr(config, "_attn_implementation", None) not in ("sdpa", "eager"):
+    config, text = causal_lm.config, causal_lm.config.get_text_config()
+    # Models from before there were caches make masks of a kind of their own.
+    takes = {"position_ids", "past_key_values"} <= set(inspect.signature(causal_lm.forward).parameters)
+    if not takes or getattr(config, "_attn_implementation", None) not in ("sdpa", "eager"):
         return False
-    if "local" in (getattr(config.get_text_config(), "attention_layers", None) or ()):
+    # Falcon's ALiBi and the loss that balances experts read a mask of the tokens that are not padding.
+    if getattr(text, "alibi", False) or getattr(text, "output_router_logits", False):
+        return False
+    if _sees_what_comes_later(text) or _counts_from_padding(causal_lm.base_model):
+        return False
+    if "local" in (getattr(text, "attention_layers", None) or ()):
         return False  # GPT-Neo's window does not show in its cache
     layers = DynamicCache(config=config).layers
     return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+
+
+def adapts_each_token_alone(model: Any) -> bool:
+    """Whether an adapter, if there is one, does: prompt tuning puts tokens in front, and aLoRA looks for words."""
+    if not isinstance(model, PeftModel):
+        return True
+    config = model.active_peft_config
+    return not config.is_prompt_learning and not getattr(config, "alora_invocation_tokens", None)
+
+
+def _sees_what_comes_later(config: Any) -> bool:
+    """Whether it is an encoder's configuration: GPT-NeoX, too, says that it is no decoder, but knows of no encoder."""
+    is_encoder = hasattr(config, "add_cross_attention") and not getattr(config, "is_decoder", True)
+    return is_encoder or not getattr(config, "is_causal", True)
+
+
+def _counts_from_padding(body: Any) -> bool:
+    """RoBERTa's first position is the padding's id and one."""
+    return getattr(getattr(body, "embeddings", None), "padding_idx", None) is not None

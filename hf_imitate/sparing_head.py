@@ -13,7 +13,13 @@ from transformers import PreTrainedModel
 from hf_imitate.log_probs import chosen_log_probs
 from hf_imitate.rendering import Rendered, collate
 from hf_imitate.sampling import generation_mode
-from hf_imitate.side_by_side import SideBySide, reads_side_by_side, side_by_side, split_before_last
+from hf_imitate.side_by_side import (
+    SideBySide,
+    adapts_each_token_alone,
+    reads_side_by_side,
+    side_by_side,
+    split_before_last,
+)
 
 MAX_SCORES = 2**25  # of one piece of a head: 128 MiB in fp32
 
@@ -41,9 +47,8 @@ class SparingHead:
     def of(cls, model: PreTrainedModel | PeftModel) -> "SparingHead | None":
         """The head of a causal LM; `None` where its scores are more than the head's output (Gemma's are capped)."""
         causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
-        is_prompt_tuned = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
         head = causal_lm.get_output_embeddings()
-        if head is None or causal_lm.base_model is causal_lm or is_prompt_tuned:
+        if head is None or causal_lm.base_model is causal_lm or not adapts_each_token_alone(model):
             return None
         made = cls(causal_lm, head)
         one = torch.zeros(1, 1, dtype=torch.long, device=causal_lm.device)

@@ -26,6 +26,7 @@ from tiny_runs import (
     train,
     weights,
 )
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from hf_imitate.losses import leave_one_out
 
@@ -75,6 +76,20 @@ def game_batch(num_answers=4, seed=0):
         "completion_mask": (torch.arange(5) < lengths[:, None]).long(),
         "advantages": torch.tensor([0.5, -0.5, -1.25, 1.25])[:num_answers],
     }
+
+
+def test_a_reference_with_the_same_weights_differs_by_nothing_where_questions_are_padded(tmp_path, tiny_model_dir):
+    """GPT-2 learns positions, so padding before a question must not count for one side alone."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
+    shape = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, "initializer_range": 0.5}
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **shape, **ends)).save_pretrained(tmp_path / "gpt2")
+    asked = rows(prompt=[f"Item {'of many words ' * (i % 3)}{i}:" for i in range(32)])
+    settings = {"beta": 0.1, "max_steps": 1, "steps_per_generation": 2, "generation_batch_size": None}
+    own = {"distinguisher": load(tiny_model_dir)}
+    trainer = run(tmp_path, tmp_path / "gpt2", asked, full=True, arguments=own, **settings)
+    assert abs(logged(trainer, "kl")[0]) < 1e-5
 
 
 def test_the_loss_of_a_batch_is_the_policy_term_plus_the_likelihood_under_one_normaliser(tmp_path, tiny_model_dir):

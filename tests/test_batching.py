@@ -52,6 +52,7 @@ def test_an_item_counts_for_the_rows_it_brings():
 def test_only_a_cpu_saves_padding(device):
     assert forward_cost(device) == math.inf
     assert math.isfinite(forward_cost("cpu"))
+    assert forward_cost("cpu", is_padded=False) == math.inf
 
 
 def test_items_of_one_question_follow_each_other():

@@ -124,6 +124,21 @@ def test_a_batch_is_scored_and_learned_from_after_one_switch_of_adapters(make, m
     assert distinguisher.model.active_adapter == own
 
 
+def test_an_interruption_in_the_middle_of_a_switch_leaves_the_imitators_adapter_and_flags(make, monkeypatch):
+    model = (distinguisher := make(shared=True)).model
+    own, switch, flags = model.active_adapter, model.set_adapter, [p.requires_grad for p in model.parameters()]
+
+    def interrupted(name):
+        switch(name)
+        if name != own:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "set_adapter", interrupted)
+    with pytest.raises(KeyboardInterrupt), distinguisher.active():
+        pass
+    assert (model.active_adapter, [p.requires_grad for p in model.parameters()]) == (own, flags)
+
+
 def test_old_answers_are_learned_from_and_never_scored(make):
     batch, old = a_round(), [Pair("old", Answer("was", True), (Answer("gone", True),))]
     one, other = make(), make()

@@ -52,6 +52,13 @@ def test_identical_text_gets_an_identical_score_in_any_company(separate):
     assert together.std() > 0.01
 
 
+def test_a_question_alone_has_its_score_also_beside_its_answers(separate):
+    """An answer that was cut before its first token."""
+    questions, answers = ["items of many words"] * 3, [Answer("of items", True), Answer("", False), Answer("no", True)]
+    alone = torch.cat([separate.score([q], [a]) for q, a in zip(questions, answers, strict=True)])
+    torch.testing.assert_close(separate.score(questions, answers), alone, atol=1e-5, rtol=0)
+
+
 def test_the_side_an_answer_stands_on_does_not_change_its_logit(separate):
     learner = Learner(separate, 1e-3)
     one, other = ANSWERS[0], ANSWERS[2]

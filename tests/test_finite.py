@@ -76,6 +76,20 @@ def test_a_rate_of_1e30_is_named_with_its_step_and_the_weights(make, capfd, capl
     assert "probability tensor" not in said
 
 
+@pytest.mark.parametrize(("said", "tries"), [("probability tensor contains nan", 2), ("not enough memory", 1)])
+def test_answers_are_drawn_again_after_nans_and_no_other_error(make, monkeypatch, said, tries):
+    trainer, calls = make("adversarial"), []
+
+    def failing(self, prompts):
+        calls.append(self.generation_config.remove_invalid_values)
+        raise RuntimeError(said)
+
+    monkeypatch.setattr("trl.GRPOTrainer._generate", failing)
+    with pytest.raises(RuntimeError, match=said):
+        trainer._generate([])
+    assert [bool(is_removed) for is_removed in calls] == [False, True][:tries]
+
+
 @pytest.mark.parametrize("name", TRAINERS)
 def test_the_newest_complete_checkpoint_from_before_the_step_is_named(make, capfd, caplog, name):
     """That of the step itself holds the weights whose loss is no number, and the one before it is cut off."""

@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from test_prefill import qwen
+from test_prefill import SHAPE, qwen, seeded
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from hf_imitate.merged_adapter import merged_adapter
 
@@ -49,7 +50,12 @@ def prompt_tuned():
     return get_peft_model(qwen(), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
 
 
-@pytest.mark.parametrize("make", [lambda: adapted().bfloat16(), tied, prompt_tuned, qwen])
+def biased():
+    base = seeded(Qwen3ForCausalLM, Qwen3Config(**SHAPE, num_key_value_heads=1, head_dim=8, attention_bias=True))
+    return get_peft_model(base, LoraConfig(target_modules=["q_proj"], lora_bias=True, init_lora_weights=False))
+
+
+@pytest.mark.parametrize("make", [lambda: adapted().bfloat16(), tied, biased, prompt_tuned, qwen])
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_what_cannot_be_put_back_exactly_stays_as_it_is(make):
     model = make()
@@ -58,3 +64,18 @@ def test_what_cannot_be_put_back_exactly_stays_as_it_is(make):
         inside = model.state_dict()
     assert all(value.data_ptr() == before[name][0] for name, value in inside.items())
     assert all(torch.equal(value, before[name][1]) for name, value in inside.items())
+
+
+def test_inside_another_and_where_the_user_has_merged_it_the_law_stays_afterwards_too():
+    model = adapted()
+    with torch.no_grad():
+        law = model(IDS).logits
+        with merged_adapter(model):
+            with merged_adapter(model):
+                torch.testing.assert_close(model(IDS).logits, law, atol=1e-5, rtol=0)
+            torch.testing.assert_close(model(IDS).logits, law, atol=1e-5, rtol=0)
+        assert torch.equal(model(IDS).logits, law)
+        model.merge_adapter()
+        with merged_adapter(model):
+            torch.testing.assert_close(model(IDS).logits, law, atol=1e-5, rtol=0)
+        torch.testing.assert_close(model(IDS).logits, law, atol=1e-5, rtol=0)

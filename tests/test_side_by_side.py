@@ -3,9 +3,25 @@
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from test_prefill import gpt2, llama, qwen, windowed
+from test_prefill import ENDS, SHAPE, gpt2, llama, qwen, seeded, windowed
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    FalconConfig,
+    FalconForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+    RobertaConfig,
+    RobertaForCausalLM,
+)
 from trl.trainer.utils import add_fused_lm_head
 
+import hf_imitate.side_by_side
 from hf_imitate.rendering import Rendered
 from hf_imitate.side_by_side import (
     lay_side_by_side,
@@ -62,6 +78,13 @@ def test_rows_are_filled_up_where_padding_costs_more_than_length():
     assert without_padding(rows, [5, 5, 5, 5], width=1) == rows
 
 
+def test_no_row_is_filled_up_beyond_the_longest_mask(monkeypatch):
+    monkeypatch.setattr(hf_imitate.side_by_side, "MAX_ROW", 8)
+    rows, lengths = [[0], [1], [2, 3], [4]], [6, 3, 3, 2]
+    assert sorted(map(sorted, without_padding(rows, lengths, width=1000))) == [[0], [1, 2, 3], [4]]
+    assert without_padding(rows[:2], [20, 19], width=1000) == [[0], [1]]
+
+
 def test_texts_of_different_lengths_are_read_without_padding_on_a_cpu():
     before, after = [[0] * 9, [1], [2] * 2, [0]], [[1], [2, 1], [0], [1, 1]]
     assert not sharing_pays(before, after)
@@ -72,15 +95,21 @@ def test_texts_of_different_lengths_are_read_without_padding_on_a_cpu():
     assert side_by_side(qwen(), [[0], [1]], [[1], [2]], pad_token_id=3) is None
 
 
-def test_a_sum_of_log_probs_is_that_of_each_answer_alone():
+@pytest.mark.parametrize("last", [[0, 3], []])
+def test_a_sum_of_log_probs_is_that_of_each_answer_alone(last):
+    """Rows come back in their order; an answer that was cut before its first token is certain."""
     model = qwen()
     head = SparingHead.of(model)
     rows = [
-        Rendered([0, 1, 2, 0, 1, 2], [1, 3], True),
         Rendered([1], [2], False),
         Rendered([2, 2], [0, 1, 1, 3], True),
-        Rendered([1], [0, 3], True),
+        Rendered([0, 1, 2, 0, 1, 2], [1, 3], True),
+        Rendered([1], last, bool(last)),
     ]
+    laid = head._laid(rows, 3)
+    order = [0, 1, 2, 3] if laid is None else laid[1]
+    # To sort and to unsort differ.
+    assert laid is None if not last else [order[i] for i in order] != [0, 1, 2, 3]
     with torch.no_grad():
         together = head.answer_log_probs(model, rows, 3)
         alone = torch.cat([head.answer_log_probs(model, [row], 3) for row in rows])
@@ -96,6 +125,51 @@ def test_sharing_pays_where_questions_repeat_and_are_not_short():
 def test_a_model_that_forgets_reads_each_answer_alone():
     assert reads_side_by_side(qwen())
     assert not reads_side_by_side(windowed())
+
+
+def bidirectional():
+    model = qwen()
+    model.config.is_causal = False
+    return model
+
+
+def mixture(is_balanced):
+    config = MixtralConfig(**SHAPE, num_key_value_heads=1, num_local_experts=2, output_router_logits=is_balanced)
+    return seeded(MixtralForCausalLM, config)
+
+
+OTHERS = {
+    "positions counted from the padding's id": lambda: seeded(
+        RobertaForCausalLM, RobertaConfig(**SHAPE, is_decoder=True)
+    ),
+    "ALiBi": lambda: seeded(FalconForCausalLM, FalconConfig(**SHAPE, alibi=True)),
+    "no cache": lambda: seeded(OpenAIGPTLMHeadModel, OpenAIGPTConfig(n_embd=16, n_layer=2, n_head=2, **ENDS)),
+    "an encoder": lambda: seeded(BertForSequenceClassification, BertConfig(**SHAPE)),
+    "made bidirectional": bidirectional,
+    "experts balanced by the mask": lambda: mixture(True),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_models_that_see_or_count_otherwise_read_each_text_alone(kind):
+    """RoBERTa's states were silently another text's, ALiBi's and the others' an error."""
+    model = OTHERS[kind]()
+    before, after = [[0, 1, 2, 0, 1, 2, 1], [1]], [[1, 2], [2]]
+    assert side_by_side(model, before, after, 3) is None
+    assert not reads_side_by_side(model.base_model)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: seeded(FalconForCausalLM, FalconConfig(**SHAPE)),
+        lambda: seeded(GPTNeoXForCausalLM, GPTNeoXConfig(**SHAPE)),
+        lambda: mixture(False),
+        lambda: LlamaForSequenceClassification(llama().config),
+    ],
+)
+def test_their_relatives_are_read_side_by_side(make):
+    assert reads_side_by_side(make())
 
 
 def batch():
@@ -142,6 +216,20 @@ def test_trls_log_probs_entropies_and_gradients_stay_where_questions_are_read_on
     assert shapes[-1].numel() == 18  # 5 and 3 of the questions, 6 and 4 of the answers
 
 
+@pytest.mark.parametrize("least", [0.0, 1.0])
+def test_positions_are_counted_from_a_questions_start_however_it_is_read(least, monkeypatch):
+    """TRL gives none, so GPT-2 would count the padding before a question, as it does not while it draws."""
+    monkeypatch.setattr(hf_imitate.side_by_side, "MIN_SPARED", least)  # all of it, or none, side by side
+    model = gpt2()
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    given = batch()
+    found = QuestionsReadOnce(model, model, 3)(**given, fused_lm_head=True).log_probs
+    for row, (ids, mask, labels) in enumerate(zip(*given.values(), strict=True)):
+        plain = model(input_ids=ids[mask == 1][None], labels=labels[mask == 1][None], fused_lm_head=True).log_probs
+        is_answer = labels[1:] != -100
+        torch.testing.assert_close(found[row, is_answer], plain[0, plain[0] != 0], atol=1e-5, rtol=0)
+
+
 def rows_of_likelihood():
     """As TRL lays rows of likelihood: padded at the end, questions of different lengths in front of the answers."""
     asked, answers = [[0, 1, 2, 0, 1, 1], [2], [1, 0]], [[1, 1, 0], [2, 3], [0, 1]]
@@ -173,10 +261,31 @@ def test_rows_of_likelihood_are_read_without_padding_and_scored_on_their_answers
     assert scored == [7]
 
 
-def test_tokens_of_prompt_tuning_are_seen_by_reading_each_row_anew():
+@pytest.mark.parametrize(
+    "config",
+    [
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+        LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[2]),
+    ],
+)
+def test_what_an_adapter_puts_in_front_or_looks_for_is_seen_by_reading_each_row_anew(config):
     model = qwen()
     assert causal_lm_of(model) is model
-    assert causal_lm_of(get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))) is None
+    adapted = get_peft_model(model, config)
+    assert causal_lm_of(adapted) is None
+    assert SparingHead.of(adapted) is None
+
+
+@pytest.mark.parametrize("row", [slice(0, 4), slice(4, 6)])
+def test_what_is_not_a_question_and_then_its_answer_is_read_as_it_is(row):
+    """A token that is read and not scored after one that is; an answer with nothing before it."""
+    seen, given = [], rows_of_likelihood()
+    given["labels"][0] = given["input_ids"][0] if row.start else -100
+    given["labels"][0, row] = given["input_ids"][0, row]
+    given["attention_mask"][0] = 1
+    asking = QuestionsReadOnce(lambda **inputs: seen.append(inputs), qwen(), 3)
+    asking(**given, fused_lm_head=True)
+    assert seen[0]["input_ids"].shape == (3, 9)
 
 
 def test_a_model_asked_for_more_than_text_is_asked_as_it_is():

@@ -305,8 +305,8 @@ class AdversarialTrainer(FiniteSteps, AdversarialSaving, AdversarialPlan, GRPOTr
         with merged_adapter(self.model):
             try:
                 return super()._generate(prompts)
-            except RuntimeError:
-                if self.use_vllm or self.generation_config.remove_invalid_values:
+            except RuntimeError as error:
+                if "probability tensor" not in str(error) or self.generation_config.remove_invalid_values:
                     raise
                 draw_despite_nans(self)
                 return super()._generate(prompts)
@@ -339,6 +339,13 @@ class AdversarialTrainer(FiniteSteps, AdversarialSaving, AdversarialPlan, GRPOTr
             check_paid(rewards, self.reward_func_names)
         return rewards
 
+    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+        """The imitator, what it was and its reference are read in one way: they are compared."""
+        causal_lm = causal_lm_of(self.accelerator.unwrap_model(model, keep_torch_compile=False))
+        if causal_lm is not None:
+            model = QuestionsReadOnce(model, causal_lm, self._tokenizer.pad_token_id)
+        return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of the phase, in nats under the policy term's normaliser; a loss that is not finite is an error."""
         loss = self._loss_of_phase(model, inputs, num_items_in_batch)
@@ -359,9 +366,7 @@ class AdversarialTrainer(FiniteSteps, AdversarialSaving, AdversarialPlan, GRPOTr
         if self.phase in (DISTINGUISHER_LM_WARMUP, DISTINGUISHER_WARMUP):
             # The imitator's rate is 0, but every process runs a forward and a backward of the wrapped model.
             return 0.0 * model(input_ids=inputs["prompt_ids"][:1, -1:]).logits.float().sum()
-        causal_lm = causal_lm_of(self.model)
-        reading = model if causal_lm is None else QuestionsReadOnce(model, causal_lm, self._tokenizer.pad_token_id)
-        loss = super().compute_loss(reading, inputs, num_items_in_batch=num_items_in_batch)
+        loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         if self.likelihood.multiplier == 0:
             return loss
         nats = self.likelihood.loss(model, self.likelihood.draw(self._step))

@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_imitate.side_by_side import side_by_side, split_before_last
+from hf_imitate.side_by_side import adapts_each_token_alone, reads_side_by_side, side_by_side, split_before_last
 
 IGNORED = -100
 READ = ("input_ids", "attention_mask", "labels")
@@ -22,10 +22,10 @@ def is_padded_text(inputs: dict[str, Any]) -> bool:
 
 
 def causal_lm_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel | None:
-    """The model without its adapters; `None` where they are tokens in front, which side by side nobody sees."""
-    if not isinstance(model, PeftModel):
-        return model
-    return None if model.active_peft_config.is_prompt_learning else model.get_base_model()
+    """The model without its adapters; `None` where they are more than weights, which side by side would be lost."""
+    if not adapts_each_token_alone(model):
+        return None
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 class QuestionsReadOnce:
@@ -33,7 +33,8 @@ class QuestionsReadOnce:
     padding, and puts its head on the answers' tokens alone.
 
     The values are the same but for rounding. Where it is asked for more than text, where the model cannot read several
-    answers side by side, and where little would be spared, it is the model itself.
+    answers side by side, and where little would be spared, it is the model itself; positions are counted from the
+    question's first token all the same.
 
     Args:
         model ([`~torch.nn.Module`]): with TRL's fused head; it may be wrapped.
@@ -45,9 +46,11 @@ class QuestionsReadOnce:
         self.model, self.causal_lm, self.pad_token_id = model, causal_lm, pad_token_id
 
     def __call__(self, **inputs: Any) -> Any:
-        parts = self._parts(**{name: inputs[name] for name in READ}) if is_padded_text(inputs) else None
-        if parts is None:
+        if not is_padded_text(inputs):
             return self.model(**inputs)
+        parts = self._parts(**{name: inputs[name] for name in READ})
+        if parts is None:
+            return self.model(**inputs, **self._positions(inputs["attention_mask"]))
         (laid, order), answers, numbers = parts
         is_token, device = laid.is_token(), inputs["input_ids"].device
         targets = torch.tensor([token for i in order for token in answers[i]], device=device)
@@ -63,6 +66,12 @@ class QuestionsReadOnce:
                 setattr(outputs, name, _at_answers(values[0], is_token, place, is_answer))
         outputs.label_mask = is_answer
         return outputs
+
+    def _positions(self, mask: Tensor) -> dict[str, Tensor]:
+        """Those it has side by side, and while it draws: GPT-2 would count the padding before a question."""
+        if mask[:, 0].all() or not reads_side_by_side(self.causal_lm):
+            return {}
+        return {"position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)}
 
     def _parts(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple | None:
         """The rows that have an answer, side by side; their answers, and which rows they are."""
