@@ -204,10 +204,14 @@ def test_every_cell_of_the_residual_entry_runs_and_is_summed_up(folder, tmp_path
 
 
 def test_every_cell_of_the_distillation_runs_and_is_summed_up(folder):
-    rows, _ = residual_distil.summarize(run_all(residual_distil, folder))
+    results = run_all(residual_distil, folder)
+    rows, _ = residual_distil.summarize(results)
     assert [row["law"] for row in rows] == ["one of 8", "round 0", "round 1", "round 2"]
     assert rows[1]["of the bits gained"] == 0
-    assert rows[2]["bits"] != rows[3]["bits"] != rows[1]["bits"]
+    assert rows[0]["bits"] != rows[1]["bits"]
+    # So few steps may teach nothing, and then the weights from before are kept; but each round learned.
+    readings = [one["result"]["imitator"]["dev_bits"] for one in results if one["cell"]["part"] == "training"]
+    assert [len({*one}) > 2 for one in readings] == [True, True]
 
 
 @pytest.mark.parametrize(
