@@ -266,7 +266,7 @@ def _docstring_rows() -> Rows:
 def _docstring_model(size: str, seed: int) -> Any:
     if size != "larger":
         return residual_docstrings.new_model(seed)
-    return AutoModelForCausalLM.from_pretrained(residual_docstrings.tiny_base())
+    return AutoModelForCausalLM.from_pretrained(residual_docstrings.tiny_base(), trust_remote_code=False)
 
 
 def words_exchanged(question: str, answer: str) -> str:
