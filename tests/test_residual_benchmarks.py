@@ -198,6 +198,16 @@ def test_every_cell_of_the_residual_entry_runs_and_is_summed_up(folder, tmp_path
     assert laws[2:8] == ["more likelihood", "one of 2", "one of 4", "one of 8", "one of 16", "larger model"]
     assert rows[2]["gained"] != 0 != rows[5]["gained"]
     assert rows[0]["gained"] == 0
+    for row in rows[2:8]:
+        assert row["gained"] == pytest.approx(rows[0]["bits"] - row["bits"], abs=0.02)
+    by_human = next(one["result"] for one in results if one["cell"]["part"] == "scores")
+    asked, humans = (
+        notes_arms.data(residual.SEEDS[0], TINY).test[name][: TINY.scored] for name in ("prompt", "completion")
+    )
+    model = notes_arms.load(notes_arms.likelihood("small", residual.SEEDS[0], TINY, folder))
+    own = -model.log_prob(asked, humans).nats.mean().item() / math.log(2)
+    luck = by_human["entropy"] + notes.human_log_prob(asked, humans).mean() / math.log(2)
+    assert by_human["laws"]["temperature 1"]["bits"] == pytest.approx(own + luck, abs=1e-3)
     assert all(len({*row} ^ {*rows[0]}) == 0 for row in rows)
     residual.plot(results, tmp_path / "residual.png")
     assert (tmp_path / "residual.png").read_bytes().startswith(b"\x89PNG")
