@@ -258,7 +258,7 @@ def collect_evidence(
         max_new_tokens=limit,
         temperature=law.temperature,
         row=kept,
-        notes=(*notes, *(f"{number_of(*said)} {what}." for *said, what in odd if said[0])),
+        notes=(*notes, *(f"{number_of(number, one, many)} {what}." for number, one, many, what in odd if number)),
     )
 
 
