@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from transformers import HfArgumentParser
 
 _COPIED = ("imitation.json", "generation_config.json")
 _SECOND_MODELS = ("distinguisher", "retrodictor")
@@ -36,11 +37,7 @@ class CardArguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `hf-imitate card PATH [options]`. Returns the exit code; 2 for input that cannot be used."""
-    from transformers import HfArgumentParser
-
-    parser = HfArgumentParser(CardArguments, prog="hf-imitate card", description=__doc__)
-    parser.add_argument("path", help="a trainer's output_dir, or a downloaded repo")
-    parsed = parser.parse_args(list(sys.argv[1:] if argv is None else argv))
+    parsed = make_parser().parse_args(list(sys.argv[1:] if argv is None else argv))
     try:
         for line in _run(Path(parsed.path), parsed):
             print(line)
@@ -48,6 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hf-imitate card: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def make_parser() -> "HfArgumentParser":
+    """The command's arguments."""
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(CardArguments, prog="hf-imitate card", description=__doc__)
+    parser.add_argument("path", help="a trainer's output_dir, or a downloaded repo")
+    return parser
 
 
 def _run(folder: Path, asked: Any) -> list[str]:

@@ -169,7 +169,10 @@ def hub_checkpoint(repo: str, revision: str | None = None, token: str | bool | N
 
 
 def load_causal_lm(
-    folder: Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    folder: Path,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    token: str | bool | None = None,
 ) -> tuple[PreTrainedModel | PeftModel, Any]:
     """Load the causal LM in a folder, frozen and in evaluation mode, with its tokenizer.
 
@@ -180,6 +183,8 @@ def load_causal_lm(
             Defaults to the machine's accelerator, else the CPU.
         dtype (`torch.dtype`, *optional*):
             Defaults to float32 on the CPU and to the weights' own type elsewhere.
+        token (`str` or `bool`, *optional*):
+            Of the Hub, for an adapter's base.
 
     Returns:
         `tuple`: the model, an adapter's wrapped in PEFT, with the folder's own generation config where it has one; and
@@ -191,7 +196,7 @@ def load_causal_lm(
         UnsafeRepoError: the base could harm whoever loads it, is itself an adapter, or would hold more than is stored.
     """
     device = torch.device(device) if device is not None else _default_device()
-    loading = {"dtype": dtype or (torch.float32 if device.type == "cpu" else "auto")}
+    loading = {"dtype": dtype or (torch.float32 if device.type == "cpu" else "auto"), "token": token}
     model, tokenizer = _load(folder, loading)
     return model.to(device).eval().requires_grad_(False), tokenizer
 

@@ -68,6 +68,12 @@ def _demo(argv: list[str]) -> int:
     return run_demo(argv) or 0
 
 
+def _answer(argv: list[str]) -> int:
+    from hf_imitate.answer_cli import main as run_answer
+
+    return run_answer(argv)
+
+
 def _audit(argv: list[str]) -> int:
     from hf_imitate.audit_cli import main as run_audit
 
@@ -98,6 +104,7 @@ COMMANDS: dict[str, Command] = {
     "latent": Command(
         "Train an imitator that thinks before it answers (LatentRetrodictiveTrainer).", partial(_train, "latent")
     ),
+    "answer": Command("Ask an imitator: answers drawn by its law, as JSON.", _answer),
     "audit": Command("Audit any causal LM against what people answered; every claim with a confidence.", _audit),
     "card": Command("Write a folder's card again from its own files; --merge writes weights without PEFT.", _card),
 }

@@ -168,6 +168,7 @@ class Distinguisher:
         dtype: torch.dtype | None = None,
         revision: str | None = None,
         base: PeftModel | None = None,
+        token: str | bool | None = None,
     ) -> "Distinguisher":
         """Load from an imitator's repo (its `distinguisher/` folder) or from such a folder itself.
 
@@ -176,7 +177,7 @@ class Distinguisher:
             checks: the checks it was trained with, needed to score with more than the text.
             device: where to put it; with a shared base, where that is.
             dtype: of the base's weights; fp32 by default. With a shared base, the base's own.
-            revision: of the repo.
+            revision, token: of the repo on the Hub; the token is its base's, too.
             base: an imitator in PEFT that is already loaded. Where the distinguisher is an adapter for the very same
                 base, it is put beside the imitator's, and no second base is loaded; else `base` is left alone.
 
@@ -187,13 +188,12 @@ class Distinguisher:
         # Here, since the other kinds of distinguisher are made of this one.
         from hf_imitate.distinguisher_loading import load_distinguisher
 
-        return load_distinguisher(repo, checks, device, dtype, revision, base)
+        return load_distinguisher(repo, checks, device, dtype, revision, base, token)
 
     def take_checks(self, checks: Sequence[Check], check_weights: dict[str, float] | None) -> None:
         """Begin with these checks, and with the weights given by name or else 0."""
         weights = dict.fromkeys(check_names(checks), 0.0) if check_weights is None else check_weights
-        self.checks = tuple(checks)
-        self.check_names = tuple(weights)
+        self.checks, self.check_names = tuple(checks), tuple(weights)
         start = torch.tensor(list(weights.values()), dtype=torch.float32, device=self.device)
         self.check_weights = nn.Parameter(start)
 

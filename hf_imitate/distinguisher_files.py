@@ -24,13 +24,15 @@ NGRAM, ENSEMBLE = "ngram", "ensemble"
 HEAD_KEY = "base_model.model.score.weight"
 
 
-def distinguisher_folder(repo: str | Path, revision: str | None = None) -> tuple[Path, Path]:
+def distinguisher_folder(
+    repo: str | Path, revision: str | None = None, token: str | bool | None = None
+) -> tuple[Path, Path]:
     """The folder that holds the distinguisher, and the repo's root (downloaded where `repo` is a Hub id).
 
     Raises:
         FileNotFoundError: there is no such repo, or no distinguisher in it.
     """
-    root = repo_folder(repo, revision)
+    root = repo_folder(repo, revision, token)
     for folder in (root / "distinguisher", root):
         if (folder / CHECKS_FILE).is_file():
             return folder, root
@@ -79,7 +81,9 @@ def write_settings(distinguisher: "Distinguisher", folder: Path, **more: Any) ->
     (folder / CHECKS_FILE).write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
 
 
-def load_model(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel | PeftModel:
+def load_model(
+    folder: Path, dtype: torch.dtype | None = None, token: str | bool | None = None
+) -> PreTrainedModel | PeftModel:
     """The classifier stored in `folder`, frozen and in evaluation mode, with its head in fp32.
 
     Raises:
@@ -91,7 +95,8 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedMode
     if (folder / "adapter_config.json").is_file():
         _check_safetensors(folder)
         config = PeftConfig.from_pretrained(str(folder))
-        base = load_classifier(config.base_model_name_or_path, revision=config.revision or "main", **loading)
+        loading |= {"revision": config.revision or "main", "token": token}
+        base = load_classifier(config.base_model_name_or_path, **loading)
         model = PeftModel.from_pretrained(base, str(folder))
     else:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)

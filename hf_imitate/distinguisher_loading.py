@@ -30,19 +30,20 @@ def load_distinguisher(
     dtype: torch.dtype | None,
     revision: str | None,
     base: PeftModel | None,
+    token: str | bool | None,
 ) -> Distinguisher:
     """See [`Distinguisher.from_pretrained`]."""
-    folder, root = distinguisher_folder(repo, revision)
+    folder, root = distinguisher_folder(repo, revision, token)
     stored = read_settings(folder)
     if stored.get("kind") == ENSEMBLE:
         members: list[Distinguisher] = []
         for i in range(stored["num_members"]):
             # One adapter finds room on the imitator's base.
             is_taken = any(member.adapter_name is not None for member in members)
-            members.append(_one(folder / str(i), root, device, dtype, None if is_taken else base))
+            members.append(_one(folder / str(i), root, device, dtype, None if is_taken else base, token))
         distinguisher: Distinguisher = DistinguisherEnsemble(members, check_weights=stored["checks"])
     else:
-        distinguisher = _one(folder, root, device, dtype, base)
+        distinguisher = _one(folder, root, device, dtype, base, token)
     if checks:
         distinguisher.set_checks(checks)
     return distinguisher
@@ -54,6 +55,7 @@ def _one(
     device: str | torch.device | None,
     dtype: torch.dtype | None,
     base: PeftModel | None,
+    token: str | bool | None,
 ) -> Distinguisher:
     """A distinguisher of a single model."""
     stored = read_settings(folder)
@@ -75,7 +77,7 @@ def _one(
         shared = Distinguisher.on_shared_base(base, tokenizer, config, **settings)
         load_shared_adapter(shared, folder)
         return shared
-    model = load_model(folder, dtype)
+    model = load_model(folder, dtype, token)
     core = model.get_base_model() if isinstance(model, PeftModel) else model
     core.config.pad_token_id = tokenizer.pad_token_id
     return Distinguisher(model if device is None else model.to(device), tokenizer, **settings)

@@ -89,6 +89,7 @@ class Imitator:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         revision: str | None = None,
+        token: str | bool | None = None,
     ) -> "Imitator":
         """Load an imitator that was saved by a trainer, or any causal LM with safetensors weights.
 
@@ -103,13 +104,15 @@ class Imitator:
                 Defaults to float32 on the CPU and to the weights' own type elsewhere.
             revision (`str`, *optional*):
                 Branch, tag or commit of a Hub repo.
+            token (`str` or `bool`, *optional*):
+                For private repos and bases, as `huggingface_hub` takes it; defaults to `HF_TOKEN` or the saved login.
 
         Raises:
             FileNotFoundError: there is no such repo, or it holds no causal LM; the message says what was found.
             ValueError: the weights are those of another kind of model.
         """
-        root = repo_folder(repo, revision)
-        model, tokenizer = load_causal_lm(root, device, dtype)
+        root = repo_folder(repo, revision, token)
+        model, tokenizer = load_causal_lm(root, device, dtype, token)
         file = root / "imitation.json"
         stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         imitator = cls(
@@ -121,9 +124,9 @@ class Imitator:
         )
         if stored.get("objective") == "latent":
             imitator.max_new_tokens = stored["max_answer_tokens"]
-            imitator.latent = LatentImitator.load(root, stored, model, tokenizer, imitator.renderer)
+            imitator.latent = LatentImitator.load(root, stored, model, tokenizer, imitator.renderer, token)
         if (root / "distinguisher" / "checks.json").is_file():
-            imitator._distinguisher_source = (root, {"device": model.device, "dtype": dtype})
+            imitator._distinguisher_source = (root, {"device": model.device, "dtype": dtype, "token": token})
         return imitator
 
     @property

@@ -84,6 +84,7 @@ class LatentImitator:
         model: PreTrainedModel | PeftModel,
         tokenizer: Any,
         renderer: Renderer,
+        token: str | bool | None = None,
     ) -> "LatentImitator":
         """What a folder holds beside the imitator's weights, which are loaded already.
 
@@ -93,6 +94,7 @@ class LatentImitator:
             model: the imitator; a retrodictor that shares its base becomes an adapter of it.
             tokenizer: of the model.
             renderer: with the imitator's own end tokens.
+            token: of the Hub, for a base of the retrodictor's own.
 
         Raises:
             FileNotFoundError: the retrodictor is missing, or is stored otherwise than as safetensors.
@@ -108,7 +110,7 @@ class LatentImitator:
         thinkers = Thinkers(
             model=model,
             law=law,
-            retrodictor=load_retrodictor(folder, model) if stored.get("has_retrodictor", True) else None,
+            retrodictor=load_retrodictor(folder, model, token) if stored.get("has_retrodictor", True) else None,
             end_token_ids=renderer.end_token_ids,
             pad_token_id=renderer.end_token_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
@@ -285,7 +287,7 @@ def _chunks(num_rows: int, draws_per_row: int, batch_size: int) -> Iterator[slic
     return (slice(first, first + size) for first in range(0, num_rows, size))
 
 
-def load_retrodictor(folder: Path, model: PreTrainedModel | PeftModel) -> Retrodictor:
+def load_retrodictor(folder: Path, model: PreTrainedModel | PeftModel, token: str | bool | None = None) -> Retrodictor:
     """The retrodictor stored in a repo's folder: beside the imitator's adapter on one base, or on a base of its own.
 
     Raises:
@@ -304,7 +306,7 @@ def load_retrodictor(folder: Path, model: PreTrainedModel | PeftModel) -> Retrod
         model.set_adapter(active)
         model.requires_grad_(False)
         return Retrodictor(model, RETRODICTOR)
-    loaded, _ = load_causal_lm(own, model.device, model.dtype)
+    loaded, _ = load_causal_lm(own, model.device, model.dtype, token)
     return Retrodictor(loaded)
 
 

@@ -243,7 +243,7 @@ def go_on(folder: str) -> dict[str, Any]:
             "gap": (after - logits(second.model, "adversarial")).abs().max().item(),
             "moved": (after - before).abs().max().item(),
         }
-    found["with a token of its own"] = with_a_token_of_its_own("me/latent-adapter", "me/words")
+    found["with a token of its own"] = with_a_token_of_its_own()
     return found
 
 
@@ -272,15 +272,26 @@ def checkpoints(folder: Path, run: Any) -> dict[str, Any]:
     }
 
 
-def with_a_token_of_its_own(repo: str, base: str) -> list[str]:
-    """Who is not signed in loads a private adapter and its private base by the token that is given, not without."""
-    for name in (repo, base):
-        shutil.rmtree(Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}", ignore_errors=True)
-    token, said = os.environ.pop("HF_TOKEN"), []
-    for given in ({}, {"token": token}):
-        try:
-            said.append(type(load_to_train(repo, **given)[0]).__name__)
-        except Exception as error:
-            said.append(type(error).__name__)
+def with_a_token_of_its_own() -> dict[str, list[str]]:
+    """Who is not signed in loads private adapters, second models and their private bases by the token that is given,
+    not without: what each way to load says without, and with it."""
+    ways = {
+        "to train": ("latent-adapter", lambda name, **given: load_to_train(name, **given)[0]),
+        "adapter": ("adversarial-adapter", Imitator.from_pretrained),
+        "shared": ("ensemble-adapter", lambda name, **given: Imitator.from_pretrained(name, **given).distinguisher),
+        # Beside full weights, a second model is an adapter on a base of its own.
+        "own base": ("adversarial-full", lambda name, **given: Imitator.from_pretrained(name, **given).distinguisher),
+        "thoughts": ("latent-full", lambda name, **given: Imitator.from_pretrained(name, **given).latent),
+        "distinguisher": ("ensemble-full", Distinguisher.from_pretrained),
+    }
+    token, said = os.environ.pop("HF_TOKEN"), {}
+    for way, (name, load) in ways.items():
+        said[way] = []
+        for given in ({}, {"token": token}):
+            shutil.rmtree(constants.HF_HUB_CACHE, ignore_errors=True)
+            try:
+                said[way].append(type(load(f"me/{name}", **given)).__name__)
+            except Exception as error:
+                said[way].append(type(error).__name__)
     os.environ["HF_TOKEN"] = token
     return said

@@ -15,7 +15,7 @@ MATH = {"log_probs", "estimators", "losses", "bounds"}
 MATH |= {"weight_diagnostics", "retrodictive_bounds", "population_bounds", "defensive_bounds", "thought_search"}
 MATH |= {"cluster_intervals", "deviation_bounds", "e_values", "steganography_theory", "residual"}
 PLAIN = {"strict_json"}  # the standard library alone: for everybody
-SHELL = {"cli", "train_cli", "audit_cli", "card_cli", "cli_data", "demo", "demo_report", "demo_thinking"}
+SHELL = {"cli", "train_cli", "answer_cli", "audit_cli", "card_cli", "cli_data", "demo", "demo_report", "demo_thinking"}
 MAX_LINES = 400
 
 _MATH_LIBRARIES = {"torch", "numpy", "scipy"}

@@ -235,17 +235,20 @@ def test_both_sides_go_through_one_code_path(tiny_model_dir):
     assert [a.text for a in second.human_answers] == [first.imitator_answers[n].text for n in chosen]
 
 
-def test_scores_are_exact_and_long_answers_are_cut_on_both_sides(tiny_model_dir):
+@pytest.mark.parametrize(("num_long", "said"), [(4, "4 human answers are"), (1, "1 human answer is")])
+def test_scores_are_exact_and_long_answers_are_cut_on_both_sides(num_long, said, tiny_model_dir):
     imitator = load(tiny_model_dir)
-    dataset = rows(40).map(lambda row, n: {"completion": row["completion"] * (1 + 3 * (n < 4))}, with_indices=True)
+    dataset = rows(40).map(
+        lambda row, n: {"completion": row["completion"] * (1 + 3 * (n < num_long))}, with_indices=True
+    )
     evidence = collect_evidence(imitator, dataset)
-    assert evidence.human.is_cut[:4].all()
+    assert evidence.human.is_cut[:num_long].all()
     assert evidence.human.num_tokens.max() == 14
     rendered = imitator.renderer.human(dataset["prompt"], dataset["completion"])
     uncut = ~evidence.human.is_cut
     exact = score_answers(imitator.model, rendered, 1).numpy()
     np.testing.assert_allclose(evidence.human.nats[uncut], exact[uncut], atol=1e-4)
-    assert any("human answers are longer than the limit of 14" in note for note in evidence.notes)
+    assert any(note.startswith(f"{said} longer than the limit of 14") for note in evidence.notes)
 
 
 def test_repeated_questions_get_different_draws_and_weightless_rows_none(tiny_model_dir):
@@ -308,7 +311,7 @@ def test_questions_shared_with_training_fail_without_their_text():
 
 def test_a_little_mojibake_is_noted_and_plain_foreign_text_is_fine():
     data = rows(100).map(lambda row, n: {"completion": "schÃ¶n" if n == 5 else row["completion"]}, with_indices=True)
-    assert check_dataset(data) == ("1 human answers look wrongly decoded (mojibake).",)
+    assert check_dataset(data) == ("1 human answer looks wrongly decoded (mojibake).",)
     for text in ("schön", "«café» – déjà vu…", "«É»", "日本語", "naïve", "Ça", "plain"):
         assert not is_mojibake(text)
         broken = text.encode().decode("cp1252", "replace")

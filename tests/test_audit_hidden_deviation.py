@@ -50,7 +50,7 @@ def test_a_cut_answer_counts_as_one_never_given():
     zero = nats.copy()
     zero[7] = -np.inf
     assert cut.value == bound_of(evidence_of(zero), entropy="unique").value > whole.value
-    assert "1 cut answers count as probability 0" in cut.detail
+    assert "1 cut answer counts as probability 0" in cut.detail
 
 
 def test_two_different_human_answers_refute_that_answers_are_unique():
@@ -60,7 +60,7 @@ def test_two_different_human_answers_refute_that_answers_are_unique():
     torn = evidence_of(np.full(80, -0.1), texts=["abcd"] * 79 + ["other"], question=question)
     found = bound_of(torn, entropy="unique")
     assert found.value is None
-    assert "1 questions have two different human answers" in found.detail
+    assert "1 question has two different human answers" in found.detail
 
 
 # --- a known entropy ---

@@ -1,18 +1,21 @@
-"""The guide builds without a warning, says what the source says, and its programs are right; where cheap, they run."""
+"""The guide builds without a warning, says what the source says, and its programs and commands run."""
 
 import ast
 import dataclasses
 import importlib
 import inspect
+import json
+import os
 import re
 import runpy
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import guide_worlds
 import pytest
+from hub_server import hub_environment, hub_server
 
 import hf_imitate
 
@@ -36,13 +39,9 @@ def reference() -> dict[str, Any]:
 
 
 def blocks(language: str) -> list[tuple[str, str, bool]]:
-    """Page, text and whether it is to be run, of every code block in that language."""
-    found = []
-    for page in PAGES:
-        for info, text in re.findall(r"^ *```(\w[^\n]*)\n(.*?)^ *```", page.read_text(encoding="utf-8"), re.M | re.S):
-            if info.split()[0] == language:
-                found.append((page.name, inspect.cleandoc(text), "run" in info.split()[1:]))
-    return found
+    """Page, text and whether it is marked to be run with tests of its own, of every code block in that language."""
+    found = [block for page in PAGES for block in guide_worlds.blocks(page) if block.info[0] == language]
+    return [(block.page, inspect.cleandoc(block.text), "run" in block.info[1:]) for block in found]
 
 
 def test_the_guide_builds_without_a_warning(tmp_path):
@@ -196,12 +195,29 @@ def call_problems(node: ast.Call, names: dict[str, Any]) -> list[str]:
     return [f"{name} takes no {word.arg}" for word in node.keywords if word.arg and word.arg not in parameters]
 
 
+def calls_in_text(page: Path) -> list[str]:
+    """What stands between backticks and calls something, such as `audit(repo, dataset)`."""
+    spans = re.findall(r"(?<!`)`(\w[^`]*\([^`]*)`", page.read_text(encoding="utf-8"))
+    return [span for span in spans if is_expression(span)]
+
+
+def is_expression(text: str) -> bool:
+    try:
+        ast.parse(text, mode="eval")
+    except SyntaxError:
+        return False
+    return True
+
+
 def test_programs_call_what_there_is():
-    found = {}
-    for page, program, _ in blocks("python"):
+    found, programs = {}, [(page, program) for page, program, _ in blocks("python")]
+    # That page names settings of a config as if they were the trainer's own.
+    programs += [(page.name, call) for page in PAGES if page.stem != "objectives" for call in calls_in_text(page)]
+    for page, program in programs:
         if page not in STYLE and (wrong := problems(program)):
             found.setdefault(page, []).extend(wrong)
     assert found == {}
+    assert len(programs) > 100
 
 
 @pytest.mark.parametrize(
@@ -219,25 +235,37 @@ def test_a_wrong_call_in_a_page_is_seen(program, problem):
     assert problems(program) == [problem]
 
 
-def test_commands_take_their_options():
-    from hf_imitate import audit_cli, cli, train_cli
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory, tiny_model_dir) -> dict[str, dict[str, str]]:
+    """What went wrong where the blocks that have no tests of their own ran, one process for all, by page and line."""
+    folder = tmp_path_factory.mktemp("guide")
+    program = f"import guide_worlds; guide_worlds.run_pages({str(tiny_model_dir)!r}, {str(folder / 'failed.json')!r})"
+    with hub_server() as url:
+        environment = hub_environment(url, folder / "home") | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        environment["PYTHONPATH"] += os.pathsep + str(Path(__file__).parent)
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((folder / "failed.json").read_text())
 
-    known = {name: set(train_cli.make_parser(name)._option_string_actions) for name in train_cli.TRAINERS}
-    known["audit"] = set(audit_cli.make_parser()._option_string_actions)
-    known["card"] = {
-        f"--{field.name}" for field in dataclasses.fields(importlib.import_module("hf_imitate.card_cli").CardArguments)
+
+@pytest.mark.parametrize("page", guide_worlds.PAGES)
+def test_what_a_page_prints_runs(page, failed):
+    """Programs as printed, in order; commands of ours, too. On tiny models, a few rows, one step."""
+    assert not failed[page], "\n".join(
+        f"{page}, block after line {line}:\n{why}" for line, why in failed[page].items()
+    )
+
+
+def test_every_program_is_run_by_a_test():
+    """Those without a mark above, marked ones below, and the settings of the paper index in test_packaging.py."""
+    is_run = {(page, marked) for page, _, marked in blocks("python") if page not in STYLE}
+    assert {page for page, marked in is_run if not marked} - {"paper_index.md"} <= set(guide_worlds.PAGES)
+    assert {page for page, marked in is_run if marked} == {
+        "start.md",
+        "residual.md",
+        *(f"{page}.md" for page in QUICK_STARTS),
     }
-    launch = {"--num_processes", "--accelerate_config"}
-    seen = 0
-    for page, text, _ in blocks("bash"):
-        for line in text.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            if words[:1] == ["hf-imitate"]:
-                seen += 1
-                assert words[1] in cli.COMMANDS, f"{page}: {line}"
-                flags = {word for word in words if word.startswith("--")}
-                assert flags <= known.get(words[1], set()) | launch | {"--config"}, f"{page}: {line}"
-    assert seen >= 4
 
 
 def test_the_programs_of_start_here_run_in_order(tmp_path, monkeypatch, tiny_model_dir, capsys):

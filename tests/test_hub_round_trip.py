@@ -125,9 +125,18 @@ def test_a_checkpoint_of_the_hub_knows_its_files_and_of_several_one_is_downloade
     assert (seen["newest"], seen["older"]) == ("checkpoint-10", ["trainer_state.json"])
 
 
-def test_a_token_that_is_given_opens_a_private_adapter_and_its_private_base(trips):
-    """It was used for the base's weights alone."""
-    assert trips["gone_on"]["with a token of its own"] == ["RepositoryNotFoundError", "PeftModel"]
+def test_a_token_that_is_given_opens_private_repos_and_their_private_bases(trips):
+    """To train on, to use, to judge by; second models that lie on a base of their own, too."""
+    kinds = [
+        "PeftModel",
+        "Imitator",
+        "DistinguisherEnsemble",
+        "Distinguisher",
+        "LatentImitator",
+        "DistinguisherEnsemble",
+    ]
+    seen = trips["gone_on"]["with a token of its own"]
+    assert list(seen.values()) == [["RepositoryNotFoundError", kind] for kind in kinds], seen
 
 
 def test_a_pushed_imitator_is_audited_by_its_id(trips):

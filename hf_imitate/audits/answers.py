@@ -9,6 +9,7 @@ import numpy as np
 
 from hf_imitate.audits.evidence import Evidence
 from hf_imitate.audits.report import Finding
+from hf_imitate.audits.report_text import number_of
 from hf_imitate.cluster_intervals import cluster_mean, paired_cluster_mean
 from hf_imitate.rendering import Answer, canonical_text
 
@@ -240,7 +241,8 @@ def _per_question(cells: list[_Cell], seed: int, suffix: str, confidence: float)
         kept = ~np.isnan(found).any(axis=1)
         names, unit = _names(is_wasserstein, suffix)
         if kept.sum() < MIN_QUESTIONS:
-            reason = f"Not measured: {int(kept.sum())} questions have answers on the scale; need {MIN_QUESTIONS}."
+            have = number_of(int(kept.sum()), "question has", "questions have")
+            reason = f"Not measured: {have} answers on the scale; need {MIN_QUESTIONS}."
             findings += [Finding(name, None, unit, detail=reason) for name in names]
             continue
         more = paired_cluster_mean(found[kept, 0], found[kept, 1], questions[kept], confidence, weights[kept])
@@ -293,7 +295,7 @@ def _pooled(cells: list[_Cell], seed: int, suffix: str, confidence: float) -> li
         )
         detail = (
             f"Overall shares of the options; {pools}; single questions may differ though these agree; "
-            f"{num_off} answers are none of the options. {held}. At the size "
+            f"{number_of(num_off, 'answer is', 'answers are')} none of the options. {held}. At the size "
             f"of `{names[1]}`, half of the humans, it is {to_imitator:.4g}."
         )
         level = None if interval is None else confidence

@@ -8,6 +8,7 @@ from scipy.stats import binomtest
 
 from hf_imitate.audits.evidence import Evidence
 from hf_imitate.audits.report import Finding
+from hf_imitate.audits.report_text import number_of
 from hf_imitate.bounds import clopper_pearson
 from hf_imitate.checks import Check, check_names, check_outcomes
 from hf_imitate.deviation_bounds import failure_deviation_lower_bound, num_answers_to_expose
@@ -108,7 +109,8 @@ def _pass_rate(name: str, side: str, outcomes: _Outcomes, confidence: float) -> 
     )
     left_out = int((~applies).sum())
     detail = f"{int(passed[side].sum())} of {len(weight)} questions passed, one answer each; {how}. "
-    detail += f"The check does not apply to {left_out} questions on one side at least. " if left_out else ""
+    questions = number_of(left_out, "question", "questions")
+    detail += f"The check does not apply to {questions} on one side at least. " if left_out else ""
     detail += _mcnemar(passed) if side == "imitator" else ""
     return Finding(full_name, rate, unit, interval, confidence, num_trials, detail=detail.strip())
 

@@ -15,6 +15,7 @@ from sklearn.linear_model import LogisticRegression
 
 from hf_imitate.audits.judges import Judge, Scorer
 from hf_imitate.audits.report import Finding
+from hf_imitate.audits.report_text import number_of
 from hf_imitate.audits.splits import Split, check_pairs, split_pairs
 from hf_imitate.bounds import Interval, clopper_pearson
 from hf_imitate.pairs import Pair
@@ -263,7 +264,8 @@ def _caveats(split: Split, num_trials: int, weights: np.ndarray) -> list[str]:
         caveats.append("a question's answers are one trial, their mean; the number of trials is Kish's effective one")
     num_tied = len(split.test) - len(np.unique(split.test_groups))
     if num_tied:
-        caveats.append(f"{num_tied} test pairs share a question or an answer with another and count as independent")
+        share = number_of(num_tied, "test pair shares", "test pairs share")
+        caveats.append(f"{share} a question or an answer with another, and all count as independent")
     return caveats
 
 
@@ -272,4 +274,5 @@ def _straddling(split: Split) -> str:
         return (
             "No question and no answer stands on both sides of the split (of several generations, the first counts)."
         )
-    return f"{split.num_straddling} questions or answers are too common to stand on one side of the split."
+    are = number_of(split.num_straddling, "question or answer is", "questions or answers are")
+    return f"{are} too common to stand on one side of the split."

@@ -10,6 +10,7 @@ import numpy as np
 from datasets import Dataset
 
 from hf_imitate.audits.evidence_cache import EvidenceCache
+from hf_imitate.audits.report_text import number_of
 from hf_imitate.audits.resampled_law import ResampledLaw
 from hf_imitate.audits.scorer import AnswerScores, Scorer
 from hf_imitate.human_rows import question_lengths, render_humans
@@ -131,7 +132,8 @@ def check_dataset(dataset: Dataset, train_dataset: Dataset | None = None) -> tup
             "not authors. Decode the source as UTF-8."
         )
     if broken:
-        notes.append(f"{len(broken)} human answers look wrongly decoded (mojibake).")
+        looks = number_of(len(broken), "human answer looks", "human answers look")
+        notes.append(f"{looks} wrongly decoded (mojibake).")
     return tuple(notes)
 
 
@@ -224,11 +226,13 @@ def collect_evidence(
     imitator_rows = scorer.render(drawn)
     answers = scorer.read(imitator_rows)
     num_cut = (sum(not row.rendered.ended for row in humans), sum(not row.ended for row in imitator_rows))
-    counted = (
-        (len(dataset) - len(kept), "rows have weight 0 and are left out"),
-        (num_cut[0], f"human answers are longer than the limit of {limit} tokens and were cut there"),
-        (num_cut[1], f"imitator answers reached the limit of {limit} tokens"),
-        (sum(not text.strip() for text, _ in drawn), "imitator answers are empty"),
+    num_empty = sum(not text.strip() for text, _ in drawn)
+    longer = f"longer than the limit of {limit} tokens and"
+    odd = (
+        (len(dataset) - len(kept), "row has weight 0 and is", "rows have weight 0 and are", "left out"),
+        (num_cut[0], f"human answer is {longer} was", f"human answers are {longer} were", "cut there"),
+        (num_cut[1], "imitator answer", "imitator answers", f"reached the limit of {limit} tokens"),
+        (num_empty, "imitator answer is", "imitator answers are", "empty"),
     )
     train = train_dataset
     return Evidence(
@@ -254,7 +258,7 @@ def collect_evidence(
         max_new_tokens=limit,
         temperature=law.temperature,
         row=kept,
-        notes=(*notes, *(f"{count} {what}." for count, what in counted if count)),
+        notes=(*notes, *(f"{number_of(number, one, many)} {what}." for number, one, many, what in odd if number)),
     )
 
 

@@ -4,6 +4,7 @@ import numpy as np
 
 from hf_imitate.audits.evidence import Evidence
 from hf_imitate.audits.report import Finding
+from hf_imitate.audits.report_text import number_of
 from hf_imitate.audits.retrodiction import (
     FLOOR_SHARE,
     MIN_QUESTIONS,
@@ -22,6 +23,7 @@ from hf_imitate.deviation_bounds import (
 from hf_imitate.log_probs import nats_to_bits
 
 _NAME, _UNIT = "hidden_deviation", "probability"
+_QUESTIONS_HAVE = ("question has", "questions have")
 _ESTIMATED = "Probabilities are estimates whose mean is at most the truth; capped at 1, they only raise the bound. "
 _SCORED_LAW = "It speaks of the law that was scored; that answers are drawn from it is what `sampler_match` is about. "
 
@@ -82,17 +84,19 @@ def _unique(evidence: Evidence, confidence: float) -> Finding:
         return not_measured(_NAME, _UNIT, f"{len(rows)} questions; need at least {MIN_QUESTIONS}.")
     num_torn = _num_disagreeing(evidence, has_weight)
     if num_torn:
-        reason = f"the answers were said to be unique, and {num_torn} questions have two different human answers."
+        torn = number_of(num_torn, *_QUESTIONS_HAVE)
+        reason = f"the answers were said to be unique, and {torn} two different human answers."
         return not_measured(_NAME, _UNIT, reason)
     is_whole = usable_rows(evidence, evidence.human)[rows]
     # A cut answer's score is that of its beginning, so it counts as probability 0: the bound only rises.
     probabilities = np.where(is_whole, np.exp(np.minimum(evidence.human.nats[rows], 0.0)), 0.0)
     bound = float(unique_answer_deviation_upper_bound(probabilities, confidence))
+    cut = number_of(int((~is_whole).sum()), "cut answer counts", "cut answers count")
     detail = (
         "Certified upper bound on the mean total variation, by any set of answers. It rests on the declaration that "
         "every human gives one and the same answer, in one spelling: total variation is then the mean of 1 minus the "
         f"probability of that answer, here {1 - probabilities.mean():.4g} on {len(rows)} independent questions. "
-        f"{int((~is_whole).sum())} cut answers count as probability 0. {_SCORED_LAW}"
+        f"{cut} as probability 0. {_SCORED_LAW}"
         f"{'' if evidence.is_exact else _ESTIMATED}"
     )
     return _certified(bound, confidence, len(rows), detail)
@@ -107,9 +111,9 @@ def _collisions(evidence: Evidence, confidence: float, max_answer_bytes: int | N
     if len(second) < MIN_QUESTIONS:
         return not_measured(
             *(_NAME, _UNIT),
-            f"{len(second)} questions have two human answers; need at least {MIN_QUESTIONS} to bound the humans' "
-            "entropy from below, without which a loss says nothing absolute. Bring repeated questions, or pass "
-            '`human_entropy="unique"` where each has one right answer, or a known entropy.',
+            f"{number_of(len(second), *_QUESTIONS_HAVE)} two human answers; need at least {MIN_QUESTIONS} to bound "
+            "the humans' entropy from below, without which a loss says nothing absolute. Bring repeated questions, "
+            'or pass `human_entropy="unique"` where each has one right answer, or a known entropy.',
         )
     first_of = dict(zip(evidence.question[first].tolist(), first.tolist(), strict=True))
     pairs = [

@@ -13,6 +13,7 @@ from hf_imitate.audits.distinguishability import SplitScores, judgement_of, scor
 from hf_imitate.audits.evidence import Evidence
 from hf_imitate.audits.judges import Judge
 from hf_imitate.audits.report import Finding
+from hf_imitate.audits.report_text import number_of
 from hf_imitate.audits.splits import MIN_PAIRS, QuestionSplit, Split, split_questions
 from hf_imitate.bounds import clopper_pearson, num_pairs_for_advantage, total_variation_lower_bound_paired
 from hf_imitate.e_values import average_log_e, calibrated_payoffs, holm, log_e_process, sign_test_p_value
@@ -339,9 +340,10 @@ def _known_answers(main: _Trials) -> str:
     if is_new.all() or not is_new.any():
         return "" if is_new.all() else "Every test pair holds an answer that also stands in training pairs. "
     wins = (main.margins > 0) + 0.5 * (main.margins == 0)
+    hold = number_of(int((~is_new).sum()), "test pair holds", "test pairs hold")
     return (
-        f"{int((~is_new).sum())} test pairs hold an answer that also stands, under another question, in training "
-        f"pairs; on the {int(is_new.sum())} others the accuracy is {wins[is_new].mean():.3f}. "
+        f"{hold} an answer that also stands, under another question, in training pairs; on the others, "
+        f"{int(is_new.sum())}, the accuracy is {wins[is_new].mean():.3f}. "
     )
 
 

@@ -36,6 +36,7 @@ from hf_imitate.audits.power_world import (
     score_honestly,
 )
 from hf_imitate.audits.report import Finding
+from hf_imitate.audits.report_text import number_of
 from hf_imitate.audits.run import load_imitator
 from hf_imitate.audits.splits import MIN_PAIRS
 from hf_imitate.causal_lm import commit_of
@@ -179,7 +180,8 @@ def _questions(dataset: Dataset, num_questions: int | None, seed: int) -> tuple[
             "tested, and about 1,000 to notice an advantage of 5 %. Bring more, or raise `num_questions`."
         )
     num_equal = len(prompts) - len({question_key(prompt) for prompt in prompts})
-    return different, [f"{num_equal} rows repeat a question and are left out."] * bool(num_equal)
+    repeats = number_of(num_equal, "row repeats a question and is", "rows repeat a question and are")
+    return different, [f"{repeats} left out."] * bool(num_equal)
 
 
 # --- one scheme

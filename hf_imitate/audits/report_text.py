@@ -18,6 +18,11 @@ _TITLES = {
 }
 
 
+def number_of(number: int, one: str, many: str) -> str:
+    """A count and the words that agree with it, as of `number_of(number, "answer is", "answers are")`."""
+    return f"{number} {one if number == 1 else many}"
+
+
 def to_markdown(report: "AuditReport") -> str:
     """The report as Markdown: summary, findings by question, where the errors went, and how to repeat it."""
     lines = [f"# Audit of {_plain(report.model)}", "", *(f"* {sentence}" for sentence in summary(report)), ""]

@@ -7,6 +7,7 @@ import numpy as np
 
 from hf_imitate.audits.evidence import AnswerScores, Evidence
 from hf_imitate.audits.report import Finding
+from hf_imitate.audits.report_text import number_of
 from hf_imitate.bounds import Interval, clopper_pearson
 from hf_imitate.cluster_intervals import ClusterEstimate, cluster_mean, cluster_ratio, paired_cluster_mean
 from hf_imitate.log_probs import nats_to_bits
@@ -207,7 +208,8 @@ def _bits(evidence: Evidence, confidence: float) -> list[Finding]:
         return [*findings, not_measured("bits_per_byte", "bits", "every human answer is empty.")]
     per_byte = cluster_ratio(loss, num_bytes, questions, confidence, weights)
     num_empty = int((num_bytes == 0).sum())
-    empty = f"{num_empty} empty answers cost bits and have no byte. " if num_empty else ""
+    costs = number_of(num_empty, "empty answer costs bits and has", "empty answers cost bits and have")
+    empty = f"{costs} no byte. " if num_empty else ""
     ratio = f"All bits over all UTF-8 bytes of human answers; linearised t interval over questions. {empty}{told}"
     return [*findings, _finding("bits_per_byte", _in_bits(per_byte), "bits", confidence, ratio)]
 
@@ -321,8 +323,9 @@ def _count_problem(evidence: Evidence, usable: np.ndarray) -> str:
     num_questions = len(first_rows(evidence, usable & (evidence.weight > 0)))
     if num_questions >= MIN_QUESTIONS:
         return ""
+    left = number_of(num_questions, "question is left", "questions are left")
     return (
-        f"{num_questions} questions are left ({int((~usable).sum())} of {len(usable)} rows were cut at the length "
+        f"{left} ({int((~usable).sum())} of {len(usable)} rows were cut at the length "
         f"limit); an interval needs at least {MIN_QUESTIONS}."
     )
 
