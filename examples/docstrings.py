@@ -166,7 +166,7 @@ def plot(before: np.ndarray, after: np.ndarray, path: Path) -> None:
     most = max(before.max(), after.max())
     axes.plot([0, most], [0, most], color="black", lw=0.7, ls="--")
     axes.set_xlabel("bits of a human's docstring under the base")
-    axes.set_ylabel("under the imitator")
+    axes.set_ylabel("bits under the imitator")
     axes.set_title("held-out docstrings; below the line is better", fontsize=9)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -166,11 +166,11 @@ def plot(reports: dict[str, AuditReport], exact: float, path: Path) -> None:
 
     check = "check_pass/keeps_to_the_followers"
     parts = (
-        ("bits per human answer", ("bits_per_answer",), ("",), exact),
+        ("bits per human answer (dashed: exact)", ("bits_per_answer",), ("",), exact),
         ("paired accuracy of fresh judges", tuple(f"paired_accuracy/{judge}" for judge in JUDGES), JUDGES, 0.5),
         ("answers that pass the check", (f"{check}/human", f"{check}/imitator"), ("human", "imitator"), None),
     )
-    figure, panels = pyplot.subplots(1, 3, figsize=(10, 2.9), layout="constrained", width_ratios=(2, 3, 2))
+    figure, panels = pyplot.subplots(1, 3, figsize=(10, 2.9), layout="constrained", width_ratios=(2.2, 3, 2))
     for axes, (title, names, labels, line) in zip(panels, parts, strict=True):
         for shift, (world, report), colour in zip((-0.12, 0.12), reports.items(), ("#4878a8", "#c06030"), strict=True):
             found = [report[name] for name in names]

@@ -190,7 +190,7 @@ def plot(reports: dict[str, AuditReport], share_read: float, path: Path) -> None
     from matplotlib import pyplot
 
     figure, (left, middle, right) = pyplot.subplots(
-        1, 3, figsize=(10, 2.9), layout="constrained", width_ratios=(3, 2, 2)
+        1, 3, figsize=(10, 2.9), layout="constrained", width_ratios=(3, 2, 2.4)
     )
     colours = dict(zip(reports, ("#4878a8", "#c06030"), strict=True))
     parts = (
@@ -208,15 +208,19 @@ def plot(reports: dict[str, AuditReport], share_read: float, path: Path) -> None
         axes.set_xticks(range(len(labels)), labels)
         axes.set_xlim(-0.6, len(labels) - 0.4)
         axes.set_title(title, fontsize=10)
+    middle.set_xticks([-0.12, 0.12], list(reports))
+    middle.set_xlim(-0.4, 0.4)
     left.set_ylim(0.4, 0.6)
     left.legend(fontsize=8)
     wrong = [1 - reports[who]["sampler_match"].value for who in reports]
-    right.bar([0, 1, 2.5], [*wrong, share_read], color=[*colours.values(), "#555555"], width=0.7)
-    for place, value in zip((0, 1, 2.5), [*wrong, share_read], strict=True):
+    shares = {"honest:\nnot drawn\nby the seed": wrong[0], "hiding:\nnot drawn\nby the seed": wrong[1]}
+    shares["hiding:\nmessages read\nwith the key"] = share_read
+    right.bar(range(3), list(shares.values()), color=[*colours.values(), "#555555"], width=0.6)
+    for place, value in enumerate(shares.values()):
         right.text(place, value + 0.02, f"{value:.0%}", ha="center", fontsize=8)
     right.set_ylim(0, 1.15)
-    right.set_xticks([0.5, 2.5], ["decisions that are\nnot the seed's", "messages read\nwith the key"])
-    right.set_title("re-execution, and the receiver", fontsize=10)
+    right.set_xticks(range(3), list(shares), fontsize=8)
+    right.set_title("re-execution, and the receiver: shares", fontsize=10)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 

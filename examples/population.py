@@ -198,15 +198,16 @@ def plot(
             for finding, marker in (("answer_distribution_tv", "o"), ("human_ceiling", "_")):
                 found = report[f"{finding}/group={group}"]
                 ends = [[max(0.0, found.value - found.interval[0])], [max(0.0, found.interval[1] - found.value)]]
-                right.errorbar(
-                    places, found.value, yerr=ends, fmt=marker, ms=9 if marker == "_" else 4, capsize=3,
-                    color=COLOURS[group] if marker == "o" else "#888888",
-                )  # fmt: skip
+                is_own = marker == "o"
+                place = places + (-0.12 if is_own else 0.12)
+                colour, size = (COLOURS[group], 4) if is_own else ("#888888", 9)
+                right.errorbar(place, found.value, yerr=ends, fmt=marker, ms=size, capsize=3, color=colour)
             labels.append(f"{group}\n{name.replace('temperature', 'T =')}")
             places += 1
     right.set_xticks(range(places), labels, fontsize=8)
     right.set_xlim(-0.5, places - 0.5)
     right.set_ylim(bottom=0)
+    right.set_ylabel("total variation")
     right.set_title("distance (grey: among people)", fontsize=10)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -155,19 +155,20 @@ def plot(reports: dict[str, AuditReport], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
+    axes.axhline(0.5, color="black", lw=0.7, ls="--", label="chance")
     for shift, (time, report), colour in zip((-0.1, 0.1), reports.items(), ("#c06030", "#4878a8"), strict=True):
         found = [report[f"paired_accuracy/{judge}"] for judge in JUDGES]
         centre = np.array([finding.value for finding in found])
         ends = np.abs(np.array([finding.interval for finding in found]).T - centre)
         places = np.arange(len(JUDGES)) + shift
         axes.errorbar(places, centre, yerr=ends, fmt="o", ms=4, capsize=3, color=colour, label=f"{time} training")
-    axes.axhline(0.5, color="black", lw=0.7, ls="--")
-    axes.axhline(0.55, color="#999999", lw=0.7, ls=":")
+    highest = max(reports["after"][f"paired_accuracy/{judge}"].interval[1] for judge in JUDGES)
+    axes.axhline(highest, color="#4878a8", lw=0.9, ls=":", label=f"after training, at most {highest:.3f}")
     axes.set_xticks(range(len(JUDGES)), JUDGES)
     axes.set_xlim(-0.5, len(JUDGES) - 0.5)
     axes.set_ylim(0.4, 1.02)
     axes.set_ylabel("paired accuracy, 95 % intervals")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center right")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 

@@ -12,6 +12,7 @@ It is the first half of `make acceptance ONLY=residual_sudoku`, on one seed.
 """
 
 import argparse
+import contextlib
 import tempfile
 from pathlib import Path
 
@@ -34,7 +35,8 @@ def main(arguments: list[str] | None = None) -> dict[int, dict[str, float]]:
         num_scored, sudoku_arms.START_STEPS, sudoku_arms.READ_EVERY = 6, 20, 20
         table.DISTINGUISHER_STEPS, table.DISTINGUISHER_BATCH = 2, 8
 
-    with tempfile.TemporaryDirectory() as scratch:
+    print("Likelihood, then a distinguisher beside an imitator that stands still. This takes longest.")
+    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(None):
         table.STARTS = Path(scratch)
         imitator = table.residual(given.seed)
     print(f"A passed check counts {imitator.distinguisher.check_weights.item():.2f} nats for human.\n")

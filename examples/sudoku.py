@@ -7,12 +7,17 @@ People fill 4x4 Sudokus, each of which has one solution; a small imitator learns
 step on, one copy goes on with likelihood. The other plays: its distinguisher is given a check, as one is given a
 verifier, and 20 000 puzzles that nobody answered are asked as well. With one right answer to each question the share
 of solved puzzles is exactly the mean probability of the human's answer. How the trainer is called, `game` shows in
-benchmarks/worlds/sudoku_arms.py; what failures prove in the absolute sense, examples/absolute_sense.py.
+benchmarks/worlds/sudoku_arms.py.
+
+People always solve, so a failure is something that no human does, and whoever can check sees it: total variation from
+people is exactly the share that is not solved, and a check tells 1/2 + half of it of pairs. The game's distinguisher
+has that check; what else it goes by are texts (more: examples/absolute_sense.py).
 
 It is one seed of `make acceptance ONLY=sudoku`, which has the controls.
 """
 
 import argparse
+import contextlib
 import math
 import tempfile
 from pathlib import Path
@@ -37,13 +42,19 @@ def main(arguments: list[str] | None = None) -> dict[str, Curve]:
         num_steps, num_warmup, arms.START_STEPS, arms.READ_EVERY = 2, 1, 20, 20
 
     with tempfile.TemporaryDirectory() as scratch:
-        game = arms.game(given.seed, Path(scratch), num_steps, num_warmup=num_warmup)
+        print(f"From likelihood's best step, {num_steps} steps of the game. This takes longest.")
+        with contextlib.redirect_stdout(None):  # the trainer's forty numbers every 50 steps
+            game = arms.game(given.seed, Path(scratch), num_steps, num_warmup=num_warmup)
+        print("From the same step, as many of likelihood alone.")
         likelihood = arms.likelihood(given.seed, Path(scratch), num_steps)
     curves = dict(zip(COLOURS, (game["curve"], likelihood["curve"]), strict=True))
-    print(f"\n{'':24}  {'solved':>8}  {'bits per human answer':>22}  {'CPU seconds':>12}")
+    print(f"\n{'':24}  {'solved':>6}  {'bits per human answer':>21}  {'told by a check':>15}  {'CPU seconds':>11}")
     readings = {"start": game["curve"][0]} | {name: curve[-1] for name, curve in curves.items()}
     for name, reading in readings.items():
-        print(f"{name:24}  {reading['solve_rate']:8.3f}  {bits(reading):22.2f}  {reading['cpu_seconds']:12.0f}")
+        solved = reading["solve_rate"]
+        seconds = f"{reading['cpu_seconds']:.0f}" if name in curves else ""
+        print(f"{name:24}  {solved:6.3f}  {bits(reading):21.2f}  {1 - solved / 2:15.3f}  {seconds:>11}")
+    print(f"{'people':24}  {1:6.3f}  {0:21.2f}  {0.5:15.3f}")
     plot([curves], given.figure)
     print(f"\nThe picture is in {given.figure}.")
     return curves

@@ -43,14 +43,14 @@ def plot(found: Thinking, path: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6.5, 2), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(6.5, 2.3), layout="constrained")
     names = ["thinks", "does not think"]
     axes.barh(names, [found.latent, found.plain], height=0.5, color=["#4878a8", "#c06030"])
     axes.plot([found.bound, found.bound], [-0.35, 0.35], color="black", lw=2, label="certified: at most this")
     axes.axvline(found.chance, color="#888888", lw=0.9, ls="--", label="chance")
     axes.set_xlabel("nats per human answer (0: always right, and sure of it)")
-    axes.margins(x=0.25)
-    axes.legend(fontsize=8, loc="center right")
+    axes.margins(x=0.1)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
