@@ -8,13 +8,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import stats
 
-REFERENCE = "SFT"
 MARGIN_BITS = 0.1  # what a human answer may cost more and still count as no loss
 MARGIN_ACCURACY = 0.01  # another temperature than 1 is taken where judges' mean accuracy on dev rows is so much lower
+NEAR_ACCURACY, NEAR_BITS = 0.02, 0.2  # of SFT's best on dev rows: what may be the best on test rows
 NUM_REPLICATES, CONFIDENCE = 4000, 0.95
-# What the verdict is about; the others are baselines, or the same thing by another name.
-NOT_OURS = ("SFT", "SFT continued", "retrodictive", "larger model", "rejection sampling")
+# Baselines, the same thing by another name, and what answers with a larger model: the verdict is about the others.
+NOT_OURS = (
+    "SFT",
+    "SFT continued",
+    "retrodictive",
+    "larger model",
+    "larger model, one of 8",
+    "rejection sampling",
+    "SFT, first of 8 that passes",
+    "rejection, first of 8 that passes",
+)
 
 Measured = dict[float, dict[int, dict[str, Any]]]  # temperature -> seed -> what was measured
 
@@ -93,7 +103,8 @@ class Verdict(NamedTuple):
         less_seen: its accuracy minus the lowest on the frontier.
         dearer: its bits minus the fewest on the frontier.
         left: its advantage over 1/2 minus half of the frontier's smallest.
-        beyond, halves: whether the intervals lie where the aims say.
+        less_seen_by_seeds: as `less_seen`, each seed against its own frontier; Student's interval over seeds alone.
+        beyond, halves: whether the intervals lie where the aims say; both of `less_seen`'s below 0.
     """
 
     accuracy: Estimate
@@ -101,6 +112,7 @@ class Verdict(NamedTuple):
     less_seen: Estimate
     dearer: Estimate
     left: Estimate
+    less_seen_by_seeds: Estimate
     beyond: bool
     halves: bool
 
@@ -122,9 +134,27 @@ def verdict(arm: Sums, frontier: Sequence[Sums], seed: int = 0, num: int = NUM_R
 
     replicates = np.array([differences(draw) for draw in everyone])
     found = [interval(column, at) for column, at in zip(replicates.T, differences(None), strict=True)]
-    beyond = found[2].high < 0 and found[3].high <= MARGIN_BITS
+    own = []
+    for seed in arm.seeds:
+        others = [means(_of_seeds(law, [seed]))[0] for law in own_frontier if seed in law.seeds]
+        own += [means(_of_seeds(arm, [seed]))[0] - min(others)] if others else []
+    by_seeds = student(own)
+    is_less_seen = found[2].high < 0 and by_seeds.high < 0
+    beyond = is_less_seen and found[3].high <= MARGIN_BITS
     # Who is not told apart from SFT has halved nothing, however little there was to halve.
-    return Verdict(*found, bool(beyond), bool(found[4].high < 0 and found[2].high < 0))
+    return Verdict(*found, by_seeds, bool(beyond), bool(found[4].high < 0 and is_less_seen))
+
+
+def student(values: Sequence[float]) -> Estimate:
+    """The mean of a few normal values with Student's interval; without bounds for fewer than two.
+
+    A bootstrap over so few seeds is too narrow: over two it covers half of the time.
+    """
+    mean = float(np.mean(values)) if len(values) else float("nan")
+    if len(values) < 2:
+        return Estimate(mean, -float("inf"), float("inf"))
+    reach = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+    return Estimate(mean, mean - float(reach), mean + float(reach))
 
 
 def _of_seeds(law: Sums, seeds: Sequence[int]) -> Sums:
@@ -153,12 +183,25 @@ def chosen_temperature(measured: Measured, judges: Sequence[str]) -> float:
     return best if 1.0 not in accuracy or accuracy[best] <= accuracy[1.0] - MARGIN_ACCURACY else 1.0
 
 
+def ends_of_frontier(measured: Measured, judges: Sequence[str]) -> list[float]:
+    """The temperatures that may be found least often or cost the fewest bits on other rows, and 1."""
+    found = {t: means(sums(by_seed, judges)) for t, by_seed in measured.items()}
+    accuracy, bits = (min(values) for values in zip(*found.values(), strict=True))
+    near = {t for t, seen in found.items() if seen[0] <= accuracy + NEAR_ACCURACY or seen[1] <= bits + NEAR_BITS}
+    return sorted({1.0, *near})
+
+
 def best_arm(arms: dict[str, Sums], frontier: Sequence[Sums]) -> str | None:
-    """Of ours, by judges' accuracy among those whose bits are no loss; of all of ours where none is such."""
+    """Of ours, by judges' accuracy among those whose bits are no loss; of all of ours where none is such.
+
+    By the seeds that all have.
+    """
     ours = {name: law for name, law in arms.items() if name not in NOT_OURS}
     if not ours:
         return None
-    fewest = min(means(law)[1] for law in frontier)
+    common = sorted(set.intersection(*(set(law.seeds) for law in (*ours.values(), *frontier))))
+    ours = {name: _of_seeds(law, common) for name, law in ours.items()}
+    fewest = min(means(_of_seeds(law, common))[1] for law in frontier)
     no_loss = {name: law for name, law in ours.items() if means(law)[1] <= fewest + MARGIN_BITS}
     return min(no_loss or ours, key=lambda name: means(ours[name])[0])
 
