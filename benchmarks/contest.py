@@ -179,8 +179,10 @@ def run_cell(cell: Cell, ledger: dict[str, Any], folder: Path = PARTS) -> dict[s
 
 
 def temperatures(cell: Cell, ledger: dict[str, Any]) -> tuple[float, ...]:
-    """Those that a cell measures: 1 on dev rows, the others in the sweep; on test rows the chosen one, of SFT those that
-    may be an end of its frontier."""
+    """Those that a cell measures: 1 on dev rows, the others in the sweep; on test rows the chosen one.
+
+    Of SFT, on test rows, those that may be an end of its frontier.
+    """
     if cell["part"] == "dev":
         return (1.0,)
     every = TASKS[cell["task"]].sft_sweep if cell["arm"] == "SFT" else SWEEP
@@ -191,7 +193,10 @@ def temperatures(cell: Cell, ledger: dict[str, Any]) -> tuple[float, ...]:
 
 
 def run(minutes: float, names: Sequence[str], ledger_path: Path = LEDGER, folder: Path = PARTS) -> int:
-    """Measure what is missing, most important first, until the time is over; how many cells were measured."""
+    """Measure what is missing, most important first, until the time is over; how many cells were measured.
+
+    Several processes share the work; a cell is measured by one.
+    """
     begun, count = time.monotonic(), 0
     tasks = [TASKS[name] for name in names]
     for cell in all_cells(tasks, read_ledger(ledger_path)["opened"]):
@@ -206,15 +211,31 @@ def run(minutes: float, names: Sequence[str], ledger_path: Path = LEDGER, folder
             continue
         if time.monotonic() - begun > 60 * minutes:
             break
-        started = time.process_time()
-        result = run_cell(cell, ledger, folder)
-        seconds = round(time.process_time() - started, 1)
-        record = {"settings": settings, "source": code(), "cpu_seconds": seconds, "result": result}
-        with alone(ledger_path) as ledger:
-            ledger["cells"][key] = record
+        with claimed(folder, key) as is_mine:
+            if not is_mine or key in read_ledger(ledger_path)["cells"].keys() - ledger["cells"].keys():
+                continue  # another process is at it, or was since
+            started = time.process_time()
+            result = run_cell(cell, ledger, folder)
+            seconds = round(time.process_time() - started, 1)
+            record = {"settings": settings, "source": code(), "cpu_seconds": seconds, "result": result}
+            with alone(ledger_path) as ledger:
+                ledger["cells"][key] = record
         count += 1
         print(f"{key}: {seconds:.0f} CPU seconds", flush=True)
     return count
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, key: str) -> Iterator[bool]:
+    """Whether this process is the only one at that cell; several share the work."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f".{key.replace('/', '-')}.lock", "w", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 # --- the test rows
