@@ -412,7 +412,9 @@ def figure(ledger: dict[str, Any], task: Task, path: Path) -> None:
         for arm, of_arm in measured.items()
         if arm != "SFT"
     }
-    verdicts.plot(frontier, laws, HEADLINE, f"{task.name}, {part} rows; bars: 95 % over questions and seeds", path)
+    best = ledger["opened"].get(task.name, {}).get("best")
+    named = f"{len(judges)} fresh judges, mean"
+    verdicts.plot(frontier, laws, {*HEADLINE, best}, named, f"{task.name}, {part} rows", path)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -3,7 +3,7 @@
 A cell's numbers are sums by groups of questions, the same groups for every arm; a bootstrap draws groups and seeds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -240,48 +240,61 @@ def row(arm: str, temperature: float, by_seed: dict[int, dict[str, Any]], facts:
     }
 
 
-def plot(frontier: dict[float, Sums], arms: dict[str, Sums], headline: Sequence[str], title: str, path: Path) -> None:
-    """Bits against judges' accuracy: SFT over its temperatures, and each arm at its own."""
+def plot(
+    frontier: dict[float, Sums], arms: dict[str, Sums], headline: Collection[str], judges: str, title: str, path: Path
+) -> None:
+    """One line to an arm: judges' accuracy, and bits beyond fine-tuning's fewest on the same questions and seeds.
+
+    Args:
+        frontier: temperature -> fine-tuning at it.
+        arms: name -> the others, at their own temperature.
+        headline: the names that are set off.
+        judges: whose accuracy it is, in words.
+        title: of the figure.
+        path: where it is written.
+    """
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(7.2, 4.6), layout="constrained")
-    points = [(means(law)[1], means(law)[0], t) for t, law in sorted(frontier.items())]
-    axis.plot(
-        [p[0] for p in points], [p[1] for p in points], "o-", color="#888888", ms=3, lw=1, label="SFT, by temperature"
+    sft = {f"SFT, T = {temperature:g}": law for temperature, law in frontier.items()}
+    order = sorted({**sft, **arms}.items(), key=lambda item: -means(item[1])[0])
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(8.6, 1.3 + 0.24 * len(order)), layout="constrained", sharey=True, width_ratios=(1.0, 1.0)
     )
-    for bits, accuracy, temperature in points:
-        axis.annotate(
-            f"{temperature:g}",
-            (bits, accuracy),
-            fontsize=7,
-            color="#666666",
-            xytext=(3, 3),
-            textcoords="offset points",
-        )
-    for number, (name, law) in enumerate(sorted(arms.items(), key=lambda item: means(item[1])[1])):
-        accuracy, bits = estimate(law, num=500)
-        color = "#c06030" if name in headline else "#4878a8"
-        axis.errorbar(
-            bits.value,
-            accuracy.value,
-            xerr=[[max(0.0, bits.value - bits.low)], [max(0.0, bits.high - bits.value)]],
-            yerr=[[max(0.0, accuracy.value - accuracy.low)], [max(0.0, accuracy.high - accuracy.value)]],
-            fmt="s" if name in headline else "D",
-            ms=4,
-            lw=0.7,
-            color=color,
-        )
-        up = 6 if number % 2 else -10
-        axis.annotate(
-            name, (bits.value, accuracy.value), fontsize=7, color=color, xytext=(4, up), textcoords="offset points"
-        )
-    axis.axhline(0.5, color="black", lw=0.7, ls="--")
-    axis.set_xlabel("bits per human answer under the law that is sampled from")
-    axis.set_ylabel("fresh judges' paired accuracy")
-    axis.set_title(title, fontsize=9)
-    axis.legend(fontsize=7, frameon=False)
+    reach = max(1.0, *(abs(means(law)[1] - _fewest(law, frontier)) for name, law in order if name in headline)) * 1.3
+    for place, (name, law) in enumerate(order):
+        seen = verdict(law, list(frontier.values()), num=500)
+        color = "#888888" if name in sft else "#c06030" if name in headline else "#4878a8"
+        style = {"fmt": "o", "ms": 3.5, "lw": 1.0, "color": color}
+        for axis, value in ((left, seen.accuracy), (right, seen.dearer)):
+            if axis is right and value.value > reach:
+                axis.annotate(
+                    f"{value.value:+.1f} \u2192", (reach, place), ha="right", va="center", fontsize=7, color=color
+                )
+                continue
+            bars = [[max(0.0, value.value - value.low)], [max(0.0, value.high - value.value)]]
+            axis.errorbar(value.value, place, xerr=bars, **style)
+    left.set_yticks(range(len(order)), [f"{name} ({len(law.seeds)})" for name, law in order], fontsize=7)
+    for tick, (name, _) in zip(left.get_yticklabels(), order, strict=True):
+        tick.set_color("#c06030" if name in headline else "#555555" if name in sft else "black")
+    left.axvline(0.5, color="black", lw=0.8, ls="--")
+    right.axvline(0.0, color="#888888", lw=0.8)
+    right.axvline(MARGIN_BITS, color="#888888", lw=0.8, ls=":")
+    right.set_xlim(right=reach * 1.02)
+    left.set_xlabel(f"accuracy of {judges} (dashed: chance)", fontsize=8)
+    right.set_xlabel("bits beyond SFT's fewest (dotted: no loss)", fontsize=8)
+    for axis in (left, right):
+        axis.tick_params(labelsize=7)
+        axis.grid(axis="y", lw=0.3, color="#dddddd")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{title}; left is better in both; seeds in brackets; bars: 95 %", fontsize=9)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def _fewest(law: Sums, frontier: dict[float, Sums]) -> float:
+    return min(
+        means(_of_seeds(other, law.seeds))[1] for other in frontier.values() if set(other.seeds) & set(law.seeds)
+    )
