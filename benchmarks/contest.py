@@ -15,14 +15,16 @@ is trained again where it is missing.
 """
 
 import argparse
+import contextlib
 import datetime
+import fcntl
 import hashlib
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,31 +35,38 @@ from benchmarks.worlds import contest_verdict as verdicts
 from benchmarks.worlds.contest_tasks import TASKS, Task, fingerprint
 from benchmarks.worlds.contest_training import milliseconds_per_answer
 
+WORLDS = Path(__file__).parent / "worlds"
 LEDGER, PARTS = RESULTS / "contest.json", RESULTS / "partial" / "contest"
 SEEDS = [11, 12, 13, 14, 15]  # chosen before their first run; settings were found on seed 100
-NUM_SEEDS = 2  # of the other arms and of the sweeps
+NUM_SEEDS = 2  # of the other arms, and of the sweeps of SFT and the headline arms; other sweeps have one
 PARTS_OF_A_TASK = ("dev", "sweep", "test")
 HEADLINE = ("combined 1", "one of 8")
-SWEEP, SFT_SWEEP = (0.85, 1.0), (0.7, 0.85, 1.0, 1.15)
+SWEEP = (0.85, 1.0)  # of all arms but SFT, which has its task's
+RIVALS = ("SFT continued", "rejection sampling", "SFT, first of 8 that passes", "larger model")  # beside SFT
 SCORED = {"dev": 150, "sweep": 150, "test": 300}  # questions whose human answers are scored
 NUM_TIMED = 128
 
 Cell = dict[str, Any]
 
 
-def cells(task: Task, part: str) -> list[Cell]:
-    """Of one task on its dev or test rows; "sweep" is the other temperatures on dev rows."""
-    headline = [(arm, seed) for seed in SEEDS for arm in ("SFT", *HEADLINE)]
+def cells(task: Task, part: str, best: str | None = None) -> list[Cell]:
+    """Of one task on its dev or test rows; "sweep" is the other temperatures on dev rows.
+
+    On test rows the arm that was `best` on dev rows has all seeds, too.
+    """
+    most = ("SFT", *HEADLINE, *([best] if best and part == "test" else []))
+    headline = [(arm, seed) for seed in SEEDS for arm in dict.fromkeys(most)]
     rest = [(arm, seed) for arm in arms.arms_of(task) for seed in SEEDS[:NUM_SEEDS]]
     order = [("power", SEEDS[0]), *dict.fromkeys([*headline, *rest])]
     if part == "sweep":
-        order = rest
+        order = [(arm, seed) for arm, seed in rest if arm in most or seed == SEEDS[0]]
     return [{"task": task.name, "part": part, "arm": arm, "seed": seed} for arm, seed in order]
 
 
-def all_cells(tasks: Sequence[Task] = tuple(TASKS.values())) -> list[Cell]:
+def all_cells(tasks: Sequence[Task] = tuple(TASKS.values()), opened: dict[str, Any] | None = None) -> list[Cell]:
     """Headline arms and SFT of all tasks, seed by seed, then the rest, then their sweeps; test rows last."""
-    found = [cell for part in PARTS_OF_A_TASK for task in tasks for cell in cells(task, part)]
+    best = {name: opening["best"] for name, opening in (opened or {}).items()}
+    found = [cell for part in PARTS_OF_A_TASK for task in tasks for cell in cells(task, part, best.get(task.name))]
 
     def rank(cell: Cell) -> tuple[bool, int, int]:
         is_first = cell["arm"] in ("SFT", *HEADLINE) and (cell["part"] != "sweep" or cell["arm"] == "SFT")
@@ -81,8 +90,10 @@ def settings_of(task: Task, arm: str, part: str) -> str:
     said = (
         [getattr(task.settings, name) for name in uses],
         (task.distinguisher, task.other_distinguisher, task.unlabelled, fingerprint(task)),
-        (SFT_SWEEP, SWEEP) if part == "sweep" else (),
-        (SCORED, judging.JUDGES, judging.POWER_SHARES),
+        (task.sft_sweep, SWEEP) if part == "sweep" or (part == "test" and arm == "SFT") else (),
+        (SCORED, judging.judges_of(task), judging.POWER_SHARES, judging.TEST_SHARE),
+        (arms.ARMS[arm].resample, judging.NUM_ESTIMATES) if arm != "power" and arms.ARMS[arm].resample > 1 else (),
+        task.is_grouped_by_answer,
     )
     return hashlib.sha256(repr(said).encode()).hexdigest()[:8]
 
@@ -102,6 +113,26 @@ def write_ledger(path: Path, ledger: dict[str, Any]) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     unfinished.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
     unfinished.replace(path)
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[dict[str, Any]]:
+    """The ledger, read and written back while no other process does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f".{path.name}.lock"), "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ledger = read_ledger(path)
+        yield ledger
+        write_ledger(path, ledger)
+
+
+def code() -> str:
+    """Digest of the package and of the contest itself."""
+    own = sorted(p for name in ("contest*.py", "kept.py", "notes*.py", "sudoku*.py") for p in WORLDS.glob(name))
+    digest = hashlib.sha256(package_source().encode())
+    for path in (Path(__file__), *own):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 # --- one cell
@@ -125,6 +156,10 @@ def run_cell(cell: Cell, ledger: dict[str, Any], folder: Path = PARTS) -> dict[s
                 f"The test rows of {task.name} were opened with other settings of '{cell['arm']}'. Go back to "
                 f"those of commit {opening['commit']}."
             )
+        if opening["code"] != code():
+            raise PermissionError(
+                f"The test rows of {task.name} were opened with other code. Go back to commit {opening['commit']}."
+            )
     rows = task.rows().test if part == "test" else task.rows().dev
     if cell["arm"] == "power":
         return judging.power(task, rows, folder)
@@ -144,40 +179,63 @@ def run_cell(cell: Cell, ledger: dict[str, Any], folder: Path = PARTS) -> dict[s
 
 
 def temperatures(cell: Cell, ledger: dict[str, Any]) -> tuple[float, ...]:
-    """Those that a cell measures: 1 on dev rows, the others in the sweep; on test rows the chosen one, SFT at all."""
+    """Those that a cell measures: 1 on dev rows, the others in the sweep; on test rows the chosen one.
+
+    Of SFT, on test rows, those that may be an end of its frontier.
+    """
     if cell["part"] == "dev":
         return (1.0,)
-    every = SFT_SWEEP if cell["arm"] == "SFT" else SWEEP
+    every = TASKS[cell["task"]].sft_sweep if cell["arm"] == "SFT" else SWEEP
     if cell["part"] == "sweep":
         return tuple(temperature for temperature in every if temperature != 1)
-    return every if cell["arm"] == "SFT" else (ledger["opened"][cell["task"]]["temperatures"][cell["arm"]],)
+    opening = ledger["opened"][cell["task"]]
+    return tuple(opening["frontier"]) if cell["arm"] == "SFT" else (opening["temperatures"][cell["arm"]],)
 
 
 def run(minutes: float, names: Sequence[str], ledger_path: Path = LEDGER, folder: Path = PARTS) -> int:
-    """Measure what is missing, most important first, until the time is over; how many cells were measured."""
+    """Measure what is missing, most important first, until the time is over; how many cells were measured.
+
+    Several processes share the work; a cell is measured by one.
+    """
     begun, count = time.monotonic(), 0
     tasks = [TASKS[name] for name in names]
-    for cell in all_cells(tasks):
+    for cell in all_cells(tasks, read_ledger(ledger_path)["opened"]):
         task, key = TASKS[cell["task"]], key_of(cell)
         ledger = read_ledger(ledger_path)
         settings = settings_of(task, cell["arm"], cell["part"])
-        if ledger["cells"].get(key, {}).get("settings") == settings:
+        known = ledger["cells"].get(key, {}).get("settings")
+        if known == settings or (known and cell["part"] == "test"):  # those are measured once
             continue
         # What was not chosen at the opening is not measured after it.
         if cell["part"] == "test" and cell["arm"] not in ledger["opened"].get(task.name, {}).get("settings", {}):
             continue
         if time.monotonic() - begun > 60 * minutes:
             break
-        started = time.process_time()
-        result = run_cell(cell, ledger, folder)
-        seconds = round(time.process_time() - started, 1)
-        record = {"settings": settings, "source": package_source(), "cpu_seconds": seconds, "result": result}
-        ledger = read_ledger(ledger_path)
-        ledger["cells"][key] = record
-        write_ledger(ledger_path, ledger)
+        with claimed(folder, key) as is_mine:
+            if not is_mine or key in read_ledger(ledger_path)["cells"].keys() - ledger["cells"].keys():
+                continue  # another process is at it, or was since
+            started = time.process_time()
+            result = run_cell(cell, ledger, folder)
+            seconds = round(time.process_time() - started, 1)
+            record = {"settings": settings, "source": code(), "cpu_seconds": seconds, "result": result}
+            with alone(ledger_path) as ledger:
+                ledger["cells"][key] = record
         count += 1
         print(f"{key}: {seconds:.0f} CPU seconds", flush=True)
     return count
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, key: str) -> Iterator[bool]:
+    """Whether this process is the only one at that cell; several share the work."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f".{key.replace('/', '-')}.lock", "w", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 # --- the test rows
@@ -193,37 +251,39 @@ def open_test(name: str, despite: str = "", ledger_path: Path = LEDGER) -> dict[
     Raises:
         PermissionError: they were opened before, or arms are missing on dev rows and no reason is given.
     """
-    task, ledger = TASKS[name], read_ledger(ledger_path)
-    if name in ledger["opened"]:
-        raise PermissionError(
-            f"The test rows of {name} were opened on {ledger['opened'][name]['date']}, and are opened once."
-        )
-    known = current(ledger, task)
-    wanted = [key_of(cell) for part in ("dev", "sweep") for cell in cells(task, part)]
-    missing = [key for key in wanted if key not in known]
-    if missing and not despite:
-        raise PermissionError(
-            f"{len(missing)} cells of {name} are missing on dev rows, {missing[0]} first. Run them, or give a reason "
-            "with `--despite`."
-        )
-    measured, judges = by_arm(ledger, task, "dev"), telling(ledger, task, "dev") or list(judging.JUDGES)
-    chosen = {arm: verdicts.chosen_temperature(of_arm, judges) for arm, of_arm in measured.items()}
-    laws = {arm: verdicts.sums(of_arm[chosen[arm]], judges) for arm, of_arm in measured.items()}
-    frontier = [verdicts.sums(by_seed, judges) for by_seed in measured["SFT"].values()]
-    opening = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "temperatures": chosen,
-        "best": verdicts.best_arm(laws, frontier),
-        "settings": {arm: settings_of(task, arm, "test") for arm in ("power", *chosen)},
-        "said": repr(task.settings),
-        "missing": missing,
-        "despite": despite,
-    }
-    ledger["opened"][name] = opening
-    write_ledger(ledger_path, ledger)
-    return opening
+    task = TASKS[name]
+    with alone(ledger_path) as ledger:
+        if name in ledger["opened"]:
+            raise PermissionError(
+                f"The test rows of {name} were opened on {ledger['opened'][name]['date']}, and are opened once."
+            )
+        known = current(ledger, task)
+        wanted = [key_of(cell) for part in ("dev", "sweep") for cell in cells(task, part)]
+        missing = [key for key in wanted if key not in known]
+        if missing and not despite:
+            raise PermissionError(
+                f"{len(missing)} cells of {name} are missing on dev rows, {missing[0]} first. Run them, or give a "
+                "reason with `--despite`."
+            )
+        measured, judges = by_arm(ledger, task, "dev"), telling(ledger, task, "dev") or list(judging.judges_of(task))
+        chosen = {arm: verdicts.chosen_temperature(of_arm, judges) for arm, of_arm in measured.items()}
+        laws = {arm: verdicts.sums(of_arm[chosen[arm]], judges) for arm, of_arm in measured.items()}
+        frontier = [verdicts.sums(by_seed, judges) for by_seed in measured["SFT"].values()]
+        ledger["opened"][name] = {
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "commit": _git("rev-parse", "HEAD"),
+            "uncommitted": bool(_git("status", "--porcelain", "--untracked-files=no")),
+            "code": code(),
+            "temperatures": chosen,
+            "judges": judges,
+            "frontier": verdicts.ends_of_frontier(measured["SFT"], judges),
+            "best": verdicts.best_arm(laws, frontier),
+            "settings": {arm: settings_of(task, arm, "test") for arm in ("power", *chosen)},
+            "said": repr(task.settings),
+            "missing": missing,
+            "despite": despite,
+        }
+        return ledger["opened"][name]
 
 
 def _git(*arguments: str) -> str:
@@ -237,7 +297,7 @@ def _git(*arguments: str) -> str:
 def current(ledger: dict[str, Any], task: Task) -> dict[str, Any]:
     """The records that were measured with the settings as they are now."""
     found = {}
-    for cell in (cell for part in PARTS_OF_A_TASK for cell in cells(task, part)):
+    for cell in all_cells([task], ledger["opened"]):
         record = ledger["cells"].get(key_of(cell), {})
         if record.get("settings") == settings_of(task, cell["arm"], cell["part"]):
             found[key_of(cell)] = record
@@ -247,7 +307,8 @@ def current(ledger: dict[str, Any], task: Task) -> dict[str, Any]:
 def by_arm(ledger: dict[str, Any], task: Task, part: str) -> dict[str, verdicts.Measured]:
     """Arm -> temperature -> seed -> what was measured; dev rows with their sweeps."""
     known, found = current(ledger, task), {}
-    for cell in [*cells(task, part), *(cells(task, "sweep") if part == "dev" else ())]:
+    best = ledger["opened"].get(task.name, {}).get("best")
+    for cell in [*cells(task, part, best), *(cells(task, "sweep") if part == "dev" else ())]:
         record = known.get(key_of(cell))
         if record and cell["arm"] != "power":
             for temperature, measured in record["result"]["at"].items():
@@ -256,7 +317,9 @@ def by_arm(ledger: dict[str, Any], task: Task, part: str) -> dict[str, verdicts.
 
 
 def telling(ledger: dict[str, Any], task: Task, part: str) -> list[str]:
-    """The judges that noticed what was planted; the others cannot tell."""
+    """The judges that noticed what was planted in dev rows; the others cannot tell. The opening fixes them."""
+    if part == "test":
+        return ledger["opened"][task.name]["judges"]
     record = current(ledger, task).get(key_of(cells(task, part)[0]))
     return [name for name, seen in record["result"].items() if seen["notices"]] if record else []
 
@@ -267,7 +330,7 @@ def summarize(ledger: dict[str, Any], task: Task) -> tuple[list[dict[str, Any]],
     measured, noticing = by_arm(ledger, task, part), telling(ledger, task, part)
     if "SFT" not in measured:
         return [], ["nothing was measured yet"], part
-    judges = noticing or list(judging.JUDGES)
+    judges = noticing or list(judging.judges_of(task))
     chosen = {arm: chosen_for(ledger, task, part, arm, of_arm, judges) for arm, of_arm in measured.items()}
     table = []
     for arm, of_arm in measured.items():
@@ -282,13 +345,32 @@ def summarize(ledger: dict[str, Any], task: Task) -> tuple[list[dict[str, Any]],
     frontier = [verdicts.sums(by_seed, judges) for by_seed in measured["SFT"].values()]
     laws = {arm: verdicts.sums(of_arm[chosen[arm]], judges) for arm, of_arm in measured.items()}
     best = ledger["opened"][task.name]["best"] if part == "test" else verdicts.best_arm(laws, frontier)
+    strongest = max(judges, key=lambda name: verdicts.means(verdicts.sums(measured["SFT"][1.0], [name]))[0])
     for arm in dict.fromkeys((best, *HEADLINE)):
         if arm in laws:
-            words.append(_in_words(arm, arm == best, verdicts.verdict(laws[arm], frontier), len(laws[arm].seeds)))
+            seen = verdicts.verdict(laws[arm], frontier)
+            words.append(_in_words(arm, arm == best, "SFT at any temperature", seen, len(laws[arm].seeds)))
+    if best:
+        for rival in (name for name in RIVALS if name in laws):
+            seen = verdicts.verdict(laws[best], [laws[rival]])
+            words.append(_in_words(best, True, rival, seen, len(set(laws[best].seeds) & set(laws[rival].seeds))))
+        alone_law = verdicts.sums(measured[best][chosen[best]], [strongest])
+        alone_frontier = [verdicts.sums(by_seed, [strongest]) for by_seed in measured["SFT"].values()]
+        seen = verdicts.verdict(alone_law, alone_frontier)
+        words.append(
+            f"by {strongest} alone, " + _in_words(best, True, "SFT at any temperature", seen, len(alone_law.seeds))
+        )
     words.append(f"the frontier is SFT at {', '.join(f'{t:g}' for t in sorted(measured['SFT']))}")
     if part == "dev":
         words.append("nothing is claimed: arm and temperatures were chosen on these rows")
+    elif unmeasured := [key for key in _wanted_on_test_rows(ledger, task) if key not in current(ledger, task)]:
+        words.append(f"incomplete, nothing is claimed: {len(unmeasured)} cells are missing, {unmeasured[0]} first")
     return table, words, part
+
+
+def _wanted_on_test_rows(ledger: dict[str, Any], task: Task) -> list[str]:
+    opening = ledger["opened"][task.name]
+    return [key_of(cell) for cell in cells(task, "test", opening["best"]) if cell["arm"] in opening["settings"]]
 
 
 def chosen_for(
@@ -307,29 +389,32 @@ def _power_in_words(result: dict[str, Any]) -> str:
     )
 
 
-def _in_words(arm: str, is_best: bool, seen: verdicts.Verdict, num_seeds: int) -> str:
+def _in_words(arm: str, is_best: bool, rival: str, seen: verdicts.Verdict, num_seeds: int) -> str:
     def said(one: verdicts.Estimate) -> str:
         return f"{one.value:+.3f} [{one.low:+.3f}, {one.high:+.3f}]"
 
     best = f" ({'best on dev rows; ' if is_best else ''}{num_seeds} seed{'s' if num_seeds > 1 else ''})"
     return (
-        f"{arm}{best}: judges' accuracy minus SFT's lowest {said(seen.less_seen)}, bits minus SFT's fewest "
-        f"{said(seen.dearer)}: {'beyond' if seen.beyond else 'not beyond'} the frontier; advantage minus half of "
-        f"SFT's {said(seen.left)}: {'halved' if seen.halves else 'not halved'}"
+        f"{arm}{best} against {rival}: accuracy {said(seen.less_seen)}, by seeds "
+        f"{said(seen.less_seen_by_seeds)}; bits "
+        f"{said(seen.dearer)}: {'beyond' if seen.beyond else 'not beyond'}; advantage minus half of the other's "
+        f"{said(seen.left)}: {'halved' if seen.halves else 'not halved'}"
     )
 
 
 def figure(ledger: dict[str, Any], task: Task, path: Path) -> None:
     """The frontier and the arms of one task."""
     _, _, part = summarize(ledger, task)
-    measured, judges = by_arm(ledger, task, part), telling(ledger, task, part) or list(judging.JUDGES)
+    measured, judges = by_arm(ledger, task, part), telling(ledger, task, part) or list(judging.judges_of(task))
     frontier = {t: verdicts.sums(by_seed, judges) for t, by_seed in measured["SFT"].items()}
     laws = {
         arm: verdicts.sums(of_arm[chosen_for(ledger, task, part, arm, of_arm, judges)], judges)
         for arm, of_arm in measured.items()
         if arm != "SFT"
     }
-    verdicts.plot(frontier, laws, HEADLINE, f"{task.name}, {part} rows; bars: 95 % over questions and seeds", path)
+    best = ledger["opened"].get(task.name, {}).get("best")
+    named = f"{len(judges)} fresh judges, mean"
+    verdicts.plot(frontier, laws, {*HEADLINE, best}, named, f"{task.name}, {part} rows", path)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -110,3 +110,25 @@ def _outcome(value: float | bool | None, name: str, index: int) -> float:
             "Return None where the check does not apply."
         )
     return value
+
+
+def first_weights(num_human_alone: Tensor, num_imitator_alone: Tensor) -> Tensor:
+    """Where the weights of C checks begin: nats, from the pairs in which one side alone passes.
+
+        w_c = 1/C log( (n_human + 1/2) / (n_imitator + 1/2) )
+
+    Without the 1/2s, which keep it finite, and with one check that is the maximum of Bradley and Terry's likelihood. C
+    checks may all say the same; then their sum is right.
+
+    Args:
+        num_human_alone: number of pairs in which the human's answer passes and the imitator's fails; of outcomes
+            between 0 and 1, the sum of the differences. [C].
+        num_imitator_alone: the other way round. [C].
+
+    Returns:
+        Weights. [C].
+
+    Source:
+        McNemar's conditional estimate of the odds ratio in matched pairs; Haldane's and Anscombe's 1/2.
+    """
+    return torch.log((num_human_alone + 0.5) / (num_imitator_alone + 0.5)) / len(num_human_alone)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_imitate.batching import similar_lengths
+from hf_imitate.checks import first_weights
 from hf_imitate.losses import DISTINGUISHER_LOSSES
 from hf_imitate.rendering import Answer
 
@@ -117,6 +118,8 @@ class Learner:
         if weight == 0:
             # There is nothing to learn on any process, and momentum alone must not move the distinguisher.
             return StepResult(0.0, self.score(pairs))
+        if self.distinguisher.check_names and not self.optimizer.state and not self.distinguisher.check_weights.any():
+            self._begin_checks(pairs)
         logits: dict[int, Logits] = {}
         loss_sum = torch.zeros(1, device=device)
         with self.distinguisher.active():
@@ -156,6 +159,19 @@ class Learner:
                 for i, seen in zip(indices, self._forward([pairs[i] for i in indices]), strict=True):
                     logits[i] = seen
         return [logits[i] for i in range(len(pairs))]
+
+    @torch.no_grad()
+    def _begin_checks(self, pairs: Sequence[Pair]) -> None:
+        """Give the checks the weights that the first pairs speak for; steps of Adam alone would take hundreds."""
+        weights = self.distinguisher.check_weights
+        alone = torch.zeros(2, len(weights), device=weights.device)
+        for pair in pairs:
+            if pair.imitator_checks:
+                on_imitator = torch.tensor(pair.imitator_checks, device=weights.device)
+                on_human = torch.tensor(pair.human_checks, device=weights.device).expand_as(on_imitator)
+                more = torch.nan_to_num(on_human - on_imitator, nan=0.0) * pair.weight
+                alone += torch.stack([more.clamp(min=0).mean(dim=0), (-more).clamp(min=0).mean(dim=0)])
+        weights.copy_(first_weights(*self._reduced(alone)))
 
     def _chunks(self, pairs: Sequence[Pair]) -> list[list[int]]:
         """Indices of pairs of similar length, with at most `max_rows` answers in a chunk."""

@@ -163,7 +163,7 @@ def test_whatever_loads_the_imitator_gets_the_same_logits(which, request):
 def test_whatever_loads_the_distinguisher_gets_the_same_logits(which, request):
     trainer, folder = request.getfixturevalue(which)
     expected = text_logits(trainer, QUESTIONS, ANSWERS)
-    assert expected.std() > 1e-3
+    assert expected.std() > 1e-4
     loaded = Distinguisher.from_pretrained(folder)
     torch.testing.assert_close(
         loaded.score(QUESTIONS, [Answer(text, True) for text in ANSWERS]), expected, atol=1e-5, rtol=0

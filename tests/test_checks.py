@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize_scalar
 
-from hf_imitate.checks import check_name, check_names, check_outcomes
+from hf_imitate.checks import check_name, check_names, check_outcomes, first_weights
 
 
 def is_short(prompts, completions, completion_ids=None, **columns):
@@ -116,3 +117,21 @@ def test_names_must_differ():
 def test_what_cannot_be_called_is_no_check():
     with pytest.raises(TypeError, match="callable; got str"):
         check_names(["is_short"])
+
+
+def test_a_check_begins_at_the_maximum_of_bradley_and_terrys_likelihood():
+    human, imitator = 700.0, 300.0
+
+    def loss(weight):
+        return human * np.logaddexp(0, -weight) + imitator * np.logaddexp(0, weight)
+
+    best = minimize_scalar(loss).x
+    assert first_weights(torch.tensor([human]), torch.tensor([imitator])).item() == pytest.approx(best, abs=2e-3)
+
+
+def test_checks_that_say_the_same_begin_with_the_weight_of_one_between_them():
+    one = first_weights(torch.tensor([9.0]), torch.tensor([0.0]))
+    three = first_weights(torch.full((3,), 9.0), torch.zeros(3))
+    assert three.sum().item() == pytest.approx(one.item())
+    assert one.item() == pytest.approx(math.log(19))
+    assert first_weights(torch.zeros(2), torch.zeros(2)).tolist() == [0.0, 0.0]

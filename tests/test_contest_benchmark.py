@@ -16,6 +16,7 @@ from benchmarks.worlds import notes, notes_arms, sudoku
 from hf_imitate.rendering import Answer
 
 TINY_NOTES = notes_arms.FULL._replace(train=160, dev=100, test=100, judge_rows=120, unanswered=40)
+TINY_ARMS = ["SFT", "combined 1", "one of 8", "distilled once", "distilled, one of 8"]
 TINY_SETTINGS = tasks.NOTES.settings._replace(
     sft=(6, 1e-2),
     larger=(6, 6e-3),
@@ -34,9 +35,9 @@ def tiny(monkeypatch):
     """The notes with few rows and few steps."""
     monkeypatch.setattr(tasks, "NOTES_SIZES", TINY_NOTES)
     tasks._note_rows.cache_clear()
-    task = tasks.NOTES.__class__(**{**vars(tasks.NOTES), "settings": TINY_SETTINGS})
+    task = tasks.NOTES.__class__(**{**vars(tasks.NOTES), "settings": TINY_SETTINGS, "sft_sweep": (0.8, 1.0)})
     monkeypatch.setitem(contest.TASKS, "notes", task)
-    for name, value in {"SEEDS": [11, 12], "NUM_SEEDS": 1, "SWEEP": (1.0,), "SFT_SWEEP": (0.8, 1.0)}.items():
+    for name, value in {"SEEDS": [11, 12], "NUM_SEEDS": 1, "SWEEP": (1.0,)}.items():
         monkeypatch.setattr(contest, name, value)
     monkeypatch.setattr(contest, "SCORED", {"dev": 8, "sweep": 8, "test": 8})
     monkeypatch.setattr(contest, "NUM_TIMED", 4)
@@ -92,7 +93,7 @@ def test_the_oracle_of_sudoku_loses_only_where_the_imitator_is_right():
 
 
 def test_arms_that_ask_a_check_are_only_where_there_is_one():
-    assert set(arms.arms_of(tasks.SUDOKU)) - set(arms.arms_of(tasks.NOTES)) == {"rejection sampling", "no check"}
+    assert set(arms.arms_of(tasks.SUDOKU)) - set(arms.arms_of(tasks.NOTES)) == set(arms.ASK_A_CHECK)
     assert set(contest.HEADLINE) < set(arms.arms_of(tasks.NOTES))
 
 
@@ -246,6 +247,20 @@ def test_headline_arms_and_sft_of_all_tasks_come_first_and_test_rows_last():
     assert {cell["seed"] for cell in cells if cell["arm"] == "combined 3"} == set(contest.SEEDS[:2])
 
 
+def test_on_test_rows_the_arm_that_was_best_on_dev_rows_has_all_seeds_and_sweeps_are_of_dev_rows():
+    task = tasks.NOTES
+    of_best = {
+        part: [c["seed"] for c in contest.cells(task, part, "combined 3") if c["arm"] == "combined 3"]
+        for part in contest.PARTS_OF_A_TASK
+    }
+    assert of_best == {"dev": [11, 12], "sweep": [11], "test": contest.SEEDS}
+    opened = {"notes": {"best": "combined 3"}}
+    keys = {contest.key_of(cell) for cell in contest.all_cells([task], opened)}
+    assert keys - {contest.key_of(cell) for cell in contest.all_cells([task])} == {
+        f"notes/test/combined 3/{seed}" for seed in contest.SEEDS[2:]
+    }
+
+
 def test_a_ledger_comes_back_as_it_was_written_one_cell_a_line(tmp_path):
     ledger = {"opened": {}, "cells": {"a/dev/SFT/1": {"result": {"x": [1, 2]}}, "b": {"result": {}}}}
     contest.write_ledger(tmp_path / "ledger.json", ledger)
@@ -326,7 +341,7 @@ def test_judges_that_notice_nothing_cannot_tell(tiny):
 
 
 def test_a_tiny_contest_runs_goes_on_opens_and_is_summed_up(tmp_path, tiny, monkeypatch):
-    monkeypatch.setattr(contest.arms, "arms_of", lambda task: ["SFT", "combined 1", "one of 8", "distilled once"])
+    monkeypatch.setattr(contest.arms, "arms_of", lambda task: TINY_ARMS)
     monkeypatch.setattr(judging, "POWER_SHARES", (0.2,))
     monkeypatch.setattr(judging, "JUDGES", ("ngram", "neural 0"))
     monkeypatch.setattr(training, "READINGS", 1)
@@ -334,8 +349,8 @@ def test_a_tiny_contest_runs_goes_on_opens_and_is_summed_up(tmp_path, tiny, monk
     path = tmp_path / "contest.json"
     trained = tmp_path / "parts"
     assert contest.run(0.0, ["notes"], path, trained) == 0
-    num_dev = 1 + 3 + 1
-    assert contest.run(60.0, ["notes"], path, trained) == num_dev + 4
+    num_dev = 1 + len(TINY_ARMS)
+    assert contest.run(60.0, ["notes"], path, trained) == num_dev + len(TINY_ARMS)
     assert contest.run(60.0, ["notes"], path, trained) == 0
 
     contest.open_test("notes", ledger_path=path)
@@ -343,11 +358,14 @@ def test_a_tiny_contest_runs_goes_on_opens_and_is_summed_up(tmp_path, tiny, monk
     assert record["cpu_seconds"] > contest.read_ledger(path)["cells"]["notes/dev/SFT/11"]["result"]["cpu_seconds"]
     assert record["at"]["1"]["bias"] > 0
     assert set(record["at"]["1"]["judges"]) == {"ngram", "neural 0"}
+    after = arms.law_of(tiny, "distilled, one of 8", 11, trained)
+    assert after.resample == 8
+    assert arms.distilled(tiny, 11, trained).name in training.made(after.path)["needs"]
     assert contest.run(60.0, ["notes"], path, trained) == num_dev
 
     ledger = json.loads(path.read_text())
     table, _, part = contest.summarize(ledger, tiny)
     assert part == "test"
-    assert [row["arm"] for row in table] == ["SFT", "SFT", "combined 1", "one of 8", "distilled once"]
+    assert sorted(row["arm"] for row in table) == sorted(["SFT", *TINY_ARMS])
     contest.figure(ledger, tiny, tmp_path / "contest.png")
     assert (tmp_path / "contest.png").read_bytes().startswith(b"\x89PNG")

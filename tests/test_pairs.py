@@ -6,6 +6,7 @@ import torch
 from distinguishers import causal_lm, is_short, is_wanted, trained
 from transformers import AutoTokenizer
 
+from hf_imitate.checks import first_weights
 from hf_imitate.distinguisher import Distinguisher
 from hf_imitate.losses import bradley_terry_loss
 from hf_imitate.pairs import CHECK_LEARNING_RATE, Learner, Pair, comparable
@@ -202,8 +203,34 @@ def test_a_check_that_tells_the_sides_apart_gains_weight_and_one_that_does_not_g
     for _ in range(40):
         learner.step(pairs)
 
-    assert distinguisher.check_weights[0] > 0.8
+    assert distinguisher.check_weights[0] > 1.0
     assert distinguisher.check_weights[1].abs() < 0.1
+
+
+def test_checks_at_weight_0_begin_where_the_first_pairs_say_and_others_stay(make):
+    distinguisher = make(checks=[is_short, is_wanted])
+    answer = Answer("a", True)
+    pairs = [
+        Pair("q", answer, (answer,) * 2, 3.0, (1.0, 1.0), ((0.0, NAN), (0.0, 0.0))),  # counts as 3 pairs
+        Pair("q", answer, (answer,), 1.0, (0.0, 1.0), ((1.0, 1.0),)),
+    ]
+
+    trained_ones = distinguisher.check_weights.detach().clone()
+    Learner(distinguisher, 1e-6).step(pairs)
+    assert (distinguisher.check_weights - trained_ones).abs().max() < 1.1 * CHECK_LEARNING_RATE
+
+    with torch.no_grad():
+        distinguisher.check_weights.zero_()
+    learner = Learner(distinguisher, 1e-6, reduce=lambda tensor: 2 * tensor)  # as if another process had the same
+    learner.step(pairs)
+    # The first is passed by the human alone in 3 of 4 pairs, the second in half of 3.
+    begun = first_weights(torch.tensor([6.0, 3.0]), torch.tensor([2.0, 0.0]))
+    assert (distinguisher.check_weights - begun).abs().max() < 1.1 * CHECK_LEARNING_RATE
+
+    with torch.no_grad():
+        distinguisher.check_weights.zero_()
+    learner.step(pairs)  # it is no beginner any more
+    assert distinguisher.check_weights.abs().max() < 1.1 * CHECK_LEARNING_RATE
 
 
 @pytest.mark.parametrize("outcome", [0.0, 1.0])

@@ -6,6 +6,7 @@ and teachers. An arm's CPU seconds are those of all the folders it needs, the st
 
 import contextlib
 import json
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,24 @@ from typing import Any, NamedTuple
 from datasets import Dataset, concatenate_datasets
 
 from benchmarks.worlds.contest_tasks import Task
-from benchmarks.worlds.contest_training import Law, answered, arguments, cpu_seconds, fit, keep, sources, trainable
+from benchmarks.worlds.contest_training import (
+    Law,
+    answered,
+    arguments,
+    cpu_seconds,
+    fit,
+    keep,
+    load,
+    sources,
+    trainable,
+)
 from hf_imitate import AdversarialConfig, AdversarialTrainer, Distinguisher
+from hf_imitate.checks import check_names
+from hf_imitate.ngram_distinguisher import NgramDistinguisher
 
 GAME_BETAS = (0.5, 0.99)
+MOST_TOKENS = 600  # drawn for one answer
+CERTAIN = 30.0  # nats of a check that decides alone
 SFT, LARGER = ("batch", "sft"), ("batch", "larger")  # the settings that each depends on
 RESIDUAL = (*SFT, "larger", "residual")
 GAME = (*RESIDUAL, "game", "game_rates")
@@ -228,27 +243,62 @@ def rejection(task: Task, seed: int, folder: Path) -> Path:
     return _keep(task, "rejection", folder, seed, [before], (*SFT, "rejection"), build)
 
 
+def checked(task: Task, seed: int, folder: Path, before: Callable[[Task, int, Path], Path] = start) -> Path:
+    """That imitator beside a distinguisher that knows nothing but the check: what passes is kept, no one is taught."""
+    of = before(task, seed, folder)
+
+    def build(path: Path) -> dict[str, Any]:
+        shutil.copytree(of, path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("made.json", "distinguisher*"))
+        imitator = load(task, of)
+        judge = NgramDistinguisher(
+            task.tokenizer(),
+            imitator.renderer.end_token_ids,
+            checks=task.checks,
+            check_weights=dict.fromkeys(check_names(task.checks), CERTAIN),
+        )
+        judge.save_beside(path, task.tokenizer())
+        return {"steps": 0}
+
+    return _keep(task, f"checked {of.name}", folder, seed, [of], (*SFT, "rejection"), build)
+
+
 # --- by name
 
 
 class Arm(NamedTuple):
-    """How it is trained, and the settings that this depends on."""
+    """How it is trained, the settings that this depends on, and of how many answers one is kept."""
 
     build: Callable[[Task, int, Path], Path]
     uses: tuple[str, ...]
+    resample: int = 1
 
 
-def _game(name: str, uses: tuple[str, ...] = GAME, **settings: Any) -> Arm:
-    return Arm(lambda task, seed, folder: game(task, seed, folder, name, **settings), uses)
+def _game(name: str, uses: tuple[str, ...] = GAME, resample: int = 1, **settings: Any) -> Arm:
+    return Arm(lambda task, seed, folder: game(task, seed, folder, name, **settings), uses, resample)
+
+
+def _first_that_passes(before: Callable[[Task, int, Path], Path], uses: tuple[str, ...]) -> Arm:
+    """One of 8, by the check alone; no distinguisher was taught."""
+    return Arm(lambda task, seed, folder: checked(task, seed, folder, before), uses, 8)
+
+
+def _after(before: Callable[[Task, int, Path], Path], uses: tuple[str, ...]) -> Arm:
+    """One of 8, by a distinguisher that is taught beside that imitator in place of the start."""
+    return Arm(lambda task, seed, folder: residual(task, seed, folder, before(task, seed, folder)), uses, 8)
 
 
 ARMS = {
     "SFT": Arm(start, SFT),
     "combined 1": _game("combined 1"),
-    "one of 8": Arm(residual, RESIDUAL),
+    "one of 8": Arm(residual, RESIDUAL, 8),
+    "combined 1, one of 8": _game("combined 1", resample=8),
+    "rejection, one of 8": _after(rejection, (*RESIDUAL, "rejection")),
+    "distilled, one of 8": _after(distilled, DISTILLED),
     "SFT continued": Arm(continued, (*SFT, "more")),
     "larger model": Arm(larger, LARGER),
     "rejection sampling": Arm(rejection, (*SFT, "rejection")),
+    "SFT, first of 8 that passes": _first_that_passes(start, (*SFT, "rejection")),
+    "rejection, first of 8 that passes": _first_that_passes(rejection, (*SFT, "rejection")),
     "retrodictive": Arm(lambda task, seed, folder: start(task, seed, folder, "retrodictive"), SFT),
     "combined 3": _game("combined 3", coef=3.0),
     "combined 0.3": _game("combined 0.3", coef=0.3),
@@ -259,17 +309,28 @@ ARMS = {
     "no check": _game("no check", NEW_GAME, checks=False),
     "distilled once": Arm(distilled, DISTILLED),
     "distilled twice": Arm(lambda task, seed, folder: distilled(task, seed, folder, 2), DISTILLED),
+    "larger model, one of 8": _after(larger, RESIDUAL),
+    "one of 32": Arm(residual, RESIDUAL, 32),
 }
+ASK_A_CHECK = (
+    "rejection sampling",
+    "rejection, one of 8",
+    "SFT, first of 8 that passes",
+    "rejection, first of 8 that passes",
+    "no check",
+)
 
 
 def arms_of(task: Task) -> list[str]:
     """Those that make sense here, in the order of their importance: what asks a check needs one."""
-    return [name for name in ARMS if task.checks or name not in ("rejection sampling", "no check")]
+    found = [name for name in ARMS if task.checks or name not in ASK_A_CHECK]
+    # A long answer times 32 takes longer than a cell may.
+    return [name for name in found if ARMS[name].resample * task.max_tokens <= MOST_TOKENS]
 
 
 def law_of(task: Task, arm: str, seed: int, folder: Path, temperature: float = 1.0) -> Law:
     """The trained arm, and how it answers."""
-    return Law(ARMS[arm].build(task, seed, folder), 8 if arm == "one of 8" else 1, temperature)
+    return Law(ARMS[arm].build(task, seed, folder), ARMS[arm].resample, temperature)
 
 
 def facts_of(path: Path) -> dict[str, Any]:

@@ -20,28 +20,38 @@ from benchmarks.worlds.contest_tasks import Task
 from benchmarks.worlds.contest_training import DRAW_BATCH, Law, answers, load
 from hf_imitate.audits.distinguishability import judgement_of, score_split
 from hf_imitate.audits.judges import Judge, Scorer, lora_judge, ngram_judge
-from hf_imitate.audits.splits import split_questions
+from hf_imitate.audits.splits import split_pairs, split_questions
 from hf_imitate.causal_lm import load_causal_lm
 from hf_imitate.e_values import sign_test_p_value
 from hf_imitate.pairs import Pair
 from hf_imitate.rendering import Answer
 
-JUDGES = ("ngram", "neural 0", "neural 1")
-JUDGE_BATCH, TEST_SHARE = 32, 0.4  # a tenth chooses a judge's weights, the rest trains it
+JUDGES = ("ngram", "neural 0", "neural 1")  # and, where answers can be checked, "checker"
+JUDGE_BATCH, TEST_SHARE, VALID_SHARE = 32, 0.4, 0.1  # a tenth chooses a judge's weights, the rest trains it
 NUM_GROUPS = 40
 POWER_SHARES, POWER_LEVEL, POWER_ASKED = (0.2, 0.1), 0.01, 0.1
 NUM_ESTIMATES = 8  # of one-of-K's probability, inside the log
 LONGEST_GRAM, NUM_COMPARED = 4, 300
 
 
-def groups(questions: Sequence[str]) -> np.ndarray:
-    """Each question's group, by its text alone. [N]."""
-    return np.array([zlib.crc32(question.encode()) % NUM_GROUPS for question in questions])
+def judges_of(task: Task) -> tuple[str, ...]:
+    """Three that learn; and the check itself, where there is one."""
+    return (*JUDGES, "checker") if task.checks else JUDGES
 
 
-def by_group(values: np.ndarray, questions: Sequence[str]) -> list[list[float]]:
+def kin(task: Task, questions: Sequence[str], humans: Sequence[str]) -> list[str]:
+    """What may not stand on two sides of a judge's split, nor in two groups: puzzles of one grid; else a question."""
+    return list(humans if task.is_grouped_by_answer else questions)
+
+
+def groups(keys: Sequence[str]) -> np.ndarray:
+    """The group of each key, by its text alone. [N]."""
+    return np.array([zlib.crc32(key.encode()) % NUM_GROUPS for key in keys])
+
+
+def by_group(values: np.ndarray, keys: Sequence[str]) -> list[list[float]]:
     """Sum and number of values in each group."""
-    places = groups(questions)
+    places = groups(keys)
     sums, counts = (np.bincount(places, weights, NUM_GROUPS) for weights in (values, None))
     return [[round(float(total), 2) for total in sums], counts.tolist()]
 
@@ -50,9 +60,15 @@ def by_group(values: np.ndarray, questions: Sequence[str]) -> list[list[float]]:
 
 
 def judge(task: Task, name: str, folder: Path) -> Judge:
-    """N-grams, or a transformer that starts from a language model of its own: another seed, other rows."""
+    """N-grams, the check, or a transformer that starts from a language model of its own: another seed, other rows."""
     if name == "ngram":
         return ngram_judge
+    if name == "checker":
+        return lambda train, valid, seed: (
+            lambda asked, given: np.mean(
+                [check(asked, [answer.text for answer in given]) for check in task.checks], axis=0
+            )
+        )
     number = int(name.split()[-1])
     base, tokenizer = load_causal_lm(arms.judge_body(task, number, folder), "cpu", None)
     num_steps, learning_rate, num_trainings = task.settings.judge
@@ -88,9 +104,13 @@ def pairs_of(rows: Dataset, given: Sequence[Answer]) -> list[Pair]:
 
 
 def judged(task: Task, pairs: list[Pair], name: str, folder: Path) -> dict[str, Any]:
-    """One judge, trained afresh on some of the questions and asked about others; questions alone decide which."""
-    seed = JUDGES.index(name)
-    split = split_questions([pair.prompt for pair in pairs], seed, TEST_SHARE).take(pairs)
+    """One judge, trained afresh on some of the questions and asked about others; rows alone decide which."""
+    seed = judges_of(task).index(name)
+    asked = [pair.prompt for pair in pairs]
+    if task.is_grouped_by_answer:
+        split = split_pairs(pairs, seed, TEST_SHARE, VALID_SHARE, [pair.human.text for pair in pairs], False)
+    else:
+        split = split_questions(asked, seed, TEST_SHARE, VALID_SHARE).take(pairs)
     scores = score_split(split, judge(task, name, folder), name, seed)
     margins = np.array([human[0] - imitator[0] for human, imitator in scores.test])
     wins = (margins > 0) + 0.5 * (margins == 0)
@@ -99,7 +119,7 @@ def judged(task: Task, pairs: list[Pair], name: str, folder: Path) -> dict[str, 
         "accuracy": round(seen.accuracy, 4),
         "bits": round(seen.bits, 4),
         "p": float(sign_test_p_value((margins > 0).sum(), (margins < 0).sum())),
-        "wins": by_group(wins, [pair.prompt for pair in split.test]),
+        "wins": by_group(wins, kin(task, *zip(*((pair.prompt, pair.human.text) for pair in split.test), strict=True))),
     }
 
 
@@ -112,7 +132,7 @@ def power(task: Task, rows: Dataset, folder: Path) -> dict[str, Any]:
     asked, humans = rows["prompt"][:], rows["completion"][:]
     order = np.random.default_rng(0).permutation(len(asked))
     found = {}
-    for name in JUDGES:
+    for name in judges_of(task):
         seen = {}
         for share in POWER_SHARES:
             given = list(humans)
@@ -179,11 +199,12 @@ def measured(task: Task, law: Law, rows: Dataset, scored: int, folder: Path, see
     nats, bias = log_prob(task, law, imitator, asked[:scored], humans[:scored])
     bits = -nats / math.log(2)
     ids = [task.tokenizer()(texts)["input_ids"] for texts in (humans, [answer.text for answer in given])]
+    keys = kin(task, asked, humans)[:scored]
     found: dict[str, Any] = {
-        "judges": {name: judged(task, pairs, name, folder) for name in JUDGES},
+        "judges": {name: judged(task, pairs, name, folder) for name in judges_of(task)},
         "bits": round(float(bits.mean()), 4),
         "bias": round(-bias / math.log(2), 4),
-        "bits_by_group": by_group(bits, asked[:scored]),
+        "bits_by_group": by_group(bits, keys),
         "length": round(sum(map(len, ids[1])) / sum(map(len, ids[0])), 4),
         "cut": round(float(np.mean([not answer.ended for answer in given])), 4),
         "self_bleu": round(self_bleu(ids[1][:NUM_COMPARED]), 4),

@@ -20,6 +20,7 @@ from benchmarks import residual_docstrings, residual_sudoku
 from benchmarks.worlds import notes, notes_arms, sudoku, sudoku_arms
 from hf_imitate import load_docstrings
 from hf_imitate.rendering import Answer
+from hf_imitate.tiny_base import tiny_base
 
 DATA_SEED = 8  # of the rows of all tasks; no other entry has it
 SUDOKU_DEV_GRIDS, SUDOKU_PUZZLES = (
@@ -70,6 +71,8 @@ class Task:
             start, which knows more only by its check).
         other_distinguisher: what it is compared with in one arm.
         unlabelled: whether the game asks unanswered questions, too; one arm does the other.
+        is_grouped_by_answer: rows of one human answer stand on one side of a judge's split and in one group.
+        sft_sweep: temperatures of fine-tuning: so wide that its best is not at an end, where that can be.
         oracle: (rows, answers, log-probability of the law) -> what a judge sees who knows both laws.
     """
 
@@ -85,6 +88,8 @@ class Task:
     other_distinguisher: str
     checks: tuple[Callable[..., Any], ...] = ()
     unlabelled: bool = False
+    is_grouped_by_answer: bool = False
+    sft_sweep: tuple[float, ...] = (0.55, 0.7, 0.85, 1.0, 1.15, 1.3)
     oracle: Callable[..., dict[str, float]] | None = None
 
 
@@ -219,7 +224,7 @@ SUDOKU = Task(
     max_tokens=sudoku_arms.MAX_TOKENS,
     settings=Settings(
         batch=64,
-        sft=(480, sudoku_arms.START_RATE),
+        sft=(sudoku_arms.START_STEPS, sudoku_arms.START_RATE),
         larger=(300, sudoku_arms.START_RATE),
         more=(1700, sudoku_arms.RATE / 8),
         judge_lm=(500, sudoku_arms.START_RATE),
@@ -236,6 +241,8 @@ SUDOKU = Task(
     other_distinguisher="larger",
     checks=(sudoku.solved,),
     unlabelled=True,
+    is_grouped_by_answer=True,
+    sft_sweep=(0.1, 0.4, 0.7, 0.85, 1.0, 1.15),
     oracle=sudoku_oracle,
 )
 
@@ -264,9 +271,11 @@ def _docstring_rows() -> Rows:
 
 
 def _docstring_model(size: str, seed: int) -> Any:
-    if size != "larger":
+    if size == "imitator":
         return residual_docstrings.new_model(seed)
-    return AutoModelForCausalLM.from_pretrained(residual_docstrings.tiny_base(), trust_remote_code=False)
+    # Judges start from bases of their own, as able as the distinguisher's: a weak judge would praise everyone.
+    base = residual_docstrings.tiny_base() if size == "larger" else tiny_base(seed=1 + seed % 1000)
+    return AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False)
 
 
 def words_exchanged(question: str, answer: str) -> str:
@@ -289,8 +298,8 @@ DOCSTRINGS = Task(
         sft=(400, residual_docstrings.IMITATOR_RATE),
         larger=(residual_docstrings.FULL.larger_steps, residual_docstrings.LARGER_LM_RATE),
         more=(850, residual_docstrings.IMITATOR_RATE / 4),
-        judge_lm=(residual_docstrings.FULL.judge_lm_steps, residual_docstrings.JUDGE_LM_RATE),
-        judge=(residual_docstrings.FULL.judge_steps, 7e-4, 1),
+        judge_lm=(residual_docstrings.FULL.larger_steps, residual_docstrings.LARGER_LM_RATE),
+        judge=(residual_docstrings.FULL.judge_steps, residual_docstrings.DISTINGUISHER_RATES["larger"], 1),
         game=(60, 8, 8),
         game_rates=(5e-4, 5e-4),
         warmup=100,

@@ -3,18 +3,28 @@
 A cell's numbers are sums by groups of questions, the same groups for every arm; a bootstrap draws groups and seeds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import stats
 
-REFERENCE = "SFT"
 MARGIN_BITS = 0.1  # what a human answer may cost more and still count as no loss
 MARGIN_ACCURACY = 0.01  # another temperature than 1 is taken where judges' mean accuracy on dev rows is so much lower
+NEAR_ACCURACY, NEAR_BITS = 0.02, 0.2  # of SFT's best on dev rows: what may be the best on test rows
 NUM_REPLICATES, CONFIDENCE = 4000, 0.95
-# What the verdict is about; the others are baselines, or the same thing by another name.
-NOT_OURS = ("SFT", "SFT continued", "retrodictive", "larger model", "rejection sampling")
+# Baselines, the same thing by another name, and what answers with a larger model: the verdict is about the others.
+NOT_OURS = (
+    "SFT",
+    "SFT continued",
+    "retrodictive",
+    "larger model",
+    "larger model, one of 8",
+    "rejection sampling",
+    "SFT, first of 8 that passes",
+    "rejection, first of 8 that passes",
+)
 
 Measured = dict[float, dict[int, dict[str, Any]]]  # temperature -> seed -> what was measured
 
@@ -93,7 +103,8 @@ class Verdict(NamedTuple):
         less_seen: its accuracy minus the lowest on the frontier.
         dearer: its bits minus the fewest on the frontier.
         left: its advantage over 1/2 minus half of the frontier's smallest.
-        beyond, halves: whether the intervals lie where the aims say.
+        less_seen_by_seeds: as `less_seen`, each seed against its own frontier; Student's interval over seeds alone.
+        beyond, halves: whether the intervals lie where the aims say; both of `less_seen`'s below 0.
     """
 
     accuracy: Estimate
@@ -101,6 +112,7 @@ class Verdict(NamedTuple):
     less_seen: Estimate
     dearer: Estimate
     left: Estimate
+    less_seen_by_seeds: Estimate
     beyond: bool
     halves: bool
 
@@ -122,9 +134,27 @@ def verdict(arm: Sums, frontier: Sequence[Sums], seed: int = 0, num: int = NUM_R
 
     replicates = np.array([differences(draw) for draw in everyone])
     found = [interval(column, at) for column, at in zip(replicates.T, differences(None), strict=True)]
-    beyond = found[2].high < 0 and found[3].high <= MARGIN_BITS
+    own = []
+    for seed in arm.seeds:
+        others = [means(_of_seeds(law, [seed]))[0] for law in own_frontier if seed in law.seeds]
+        own += [means(_of_seeds(arm, [seed]))[0] - min(others)] if others else []
+    by_seeds = student(own)
+    is_less_seen = found[2].high < 0 and by_seeds.high < 0
+    beyond = is_less_seen and found[3].high <= MARGIN_BITS
     # Who is not told apart from SFT has halved nothing, however little there was to halve.
-    return Verdict(*found, bool(beyond), bool(found[4].high < 0 and found[2].high < 0))
+    return Verdict(*found, by_seeds, bool(beyond), bool(found[4].high < 0 and is_less_seen))
+
+
+def student(values: Sequence[float]) -> Estimate:
+    """The mean of a few normal values with Student's interval; without bounds for fewer than two.
+
+    A bootstrap over so few seeds is too narrow: over two it covers half of the time.
+    """
+    mean = float(np.mean(values)) if len(values) else float("nan")
+    if len(values) < 2:
+        return Estimate(mean, -float("inf"), float("inf"))
+    reach = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+    return Estimate(mean, mean - float(reach), mean + float(reach))
 
 
 def _of_seeds(law: Sums, seeds: Sequence[int]) -> Sums:
@@ -153,12 +183,25 @@ def chosen_temperature(measured: Measured, judges: Sequence[str]) -> float:
     return best if 1.0 not in accuracy or accuracy[best] <= accuracy[1.0] - MARGIN_ACCURACY else 1.0
 
 
+def ends_of_frontier(measured: Measured, judges: Sequence[str]) -> list[float]:
+    """The temperatures that may be found least often or cost the fewest bits on other rows, and 1."""
+    found = {t: means(sums(by_seed, judges)) for t, by_seed in measured.items()}
+    accuracy, bits = (min(values) for values in zip(*found.values(), strict=True))
+    near = {t for t, seen in found.items() if seen[0] <= accuracy + NEAR_ACCURACY or seen[1] <= bits + NEAR_BITS}
+    return sorted({1.0, *near})
+
+
 def best_arm(arms: dict[str, Sums], frontier: Sequence[Sums]) -> str | None:
-    """Of ours, by judges' accuracy among those whose bits are no loss; of all of ours where none is such."""
+    """Of ours, by judges' accuracy among those whose bits are no loss; of all of ours where none is such.
+
+    By the seeds that all have.
+    """
     ours = {name: law for name, law in arms.items() if name not in NOT_OURS}
     if not ours:
         return None
-    fewest = min(means(law)[1] for law in frontier)
+    common = sorted(set.intersection(*(set(law.seeds) for law in (*ours.values(), *frontier))))
+    ours = {name: _of_seeds(law, common) for name, law in ours.items()}
+    fewest = min(means(_of_seeds(law, common))[1] for law in frontier)
     no_loss = {name: law for name, law in ours.items() if means(law)[1] <= fewest + MARGIN_BITS}
     return min(no_loss or ours, key=lambda name: means(ours[name])[0])
 
@@ -197,48 +240,61 @@ def row(arm: str, temperature: float, by_seed: dict[int, dict[str, Any]], facts:
     }
 
 
-def plot(frontier: dict[float, Sums], arms: dict[str, Sums], headline: Sequence[str], title: str, path: Path) -> None:
-    """Bits against judges' accuracy: SFT over its temperatures, and each arm at its own."""
+def plot(
+    frontier: dict[float, Sums], arms: dict[str, Sums], headline: Collection[str], judges: str, title: str, path: Path
+) -> None:
+    """One line to an arm: judges' accuracy, and bits beyond fine-tuning's fewest on the same questions and seeds.
+
+    Args:
+        frontier: temperature -> fine-tuning at it.
+        arms: name -> the others, at their own temperature.
+        headline: the names that are set off.
+        judges: whose accuracy it is, in words.
+        title: of the figure.
+        path: where it is written.
+    """
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(7.2, 4.6), layout="constrained")
-    points = [(means(law)[1], means(law)[0], t) for t, law in sorted(frontier.items())]
-    axis.plot(
-        [p[0] for p in points], [p[1] for p in points], "o-", color="#888888", ms=3, lw=1, label="SFT, by temperature"
+    sft = {f"SFT, T = {temperature:g}": law for temperature, law in frontier.items()}
+    order = sorted({**sft, **arms}.items(), key=lambda item: -means(item[1])[0])
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(8.6, 1.3 + 0.24 * len(order)), layout="constrained", sharey=True, width_ratios=(1.0, 1.0)
     )
-    for bits, accuracy, temperature in points:
-        axis.annotate(
-            f"{temperature:g}",
-            (bits, accuracy),
-            fontsize=7,
-            color="#666666",
-            xytext=(3, 3),
-            textcoords="offset points",
-        )
-    for number, (name, law) in enumerate(sorted(arms.items(), key=lambda item: means(item[1])[1])):
-        accuracy, bits = estimate(law, num=500)
-        color = "#c06030" if name in headline else "#4878a8"
-        axis.errorbar(
-            bits.value,
-            accuracy.value,
-            xerr=[[max(0.0, bits.value - bits.low)], [max(0.0, bits.high - bits.value)]],
-            yerr=[[max(0.0, accuracy.value - accuracy.low)], [max(0.0, accuracy.high - accuracy.value)]],
-            fmt="s" if name in headline else "D",
-            ms=4,
-            lw=0.7,
-            color=color,
-        )
-        up = 6 if number % 2 else -10
-        axis.annotate(
-            name, (bits.value, accuracy.value), fontsize=7, color=color, xytext=(4, up), textcoords="offset points"
-        )
-    axis.axhline(0.5, color="black", lw=0.7, ls="--")
-    axis.set_xlabel("bits per human answer under the law that is sampled from")
-    axis.set_ylabel("fresh judges' paired accuracy")
-    axis.set_title(title, fontsize=9)
-    axis.legend(fontsize=7, frameon=False)
+    reach = max(1.0, *(abs(means(law)[1] - _fewest(law, frontier)) for name, law in order if name in headline)) * 1.3
+    for place, (name, law) in enumerate(order):
+        seen = verdict(law, list(frontier.values()), num=500)
+        color = "#888888" if name in sft else "#c06030" if name in headline else "#4878a8"
+        style = {"fmt": "o", "ms": 3.5, "lw": 1.0, "color": color}
+        for axis, value in ((left, seen.accuracy), (right, seen.dearer)):
+            if axis is right and value.value > reach:
+                axis.annotate(
+                    f"{value.value:+.1f} \u2192", (reach, place), ha="right", va="center", fontsize=7, color=color
+                )
+                continue
+            bars = [[max(0.0, value.value - value.low)], [max(0.0, value.high - value.value)]]
+            axis.errorbar(value.value, place, xerr=bars, **style)
+    left.set_yticks(range(len(order)), [f"{name} ({len(law.seeds)})" for name, law in order], fontsize=7)
+    for tick, (name, _) in zip(left.get_yticklabels(), order, strict=True):
+        tick.set_color("#c06030" if name in headline else "#555555" if name in sft else "black")
+    left.axvline(0.5, color="black", lw=0.8, ls="--")
+    right.axvline(0.0, color="#888888", lw=0.8)
+    right.axvline(MARGIN_BITS, color="#888888", lw=0.8, ls=":")
+    right.set_xlim(right=reach * 1.02)
+    left.set_xlabel(f"accuracy of {judges} (dashed: chance)", fontsize=8)
+    right.set_xlabel("bits beyond SFT's fewest (dotted: no loss)", fontsize=8)
+    for axis in (left, right):
+        axis.tick_params(labelsize=7)
+        axis.grid(axis="y", lw=0.3, color="#dddddd")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{title}; left is better in both; seeds in brackets; bars: 95 %", fontsize=9)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def _fewest(law: Sums, frontier: dict[float, Sums]) -> float:
+    return min(
+        means(_of_seeds(other, law.seeds))[1] for other in frontier.values() if set(other.seeds) & set(law.seeds)
+    )
