@@ -211,7 +211,6 @@ def is_expression(text: str) -> bool:
 
 def test_programs_call_what_there_is():
     found, programs = {}, [(page, program) for page, program, _ in blocks("python")]
-    # That page names settings of a config as if they were the trainer's own.
     programs += [(page.name, call) for page in PAGES for call in calls_in_text(page)]
     for page, program in programs:
         if page not in STYLE and (wrong := problems(program)):
