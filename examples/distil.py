@@ -227,7 +227,7 @@ def plot(found: dict[str, dict[str, float]], floor: float, path: str) -> None:
     for axis, name, label, least in zip(
         panels,
         ("bits", "impossible"),
-        ("bits per human note", "share of notes that nobody writes"),
+        ("bits per human note", "notes that nobody writes, share"),
         (floor, 0.0),
         strict=True,
     ):
@@ -237,7 +237,7 @@ def plot(found: dict[str, dict[str, float]], floor: float, path: str) -> None:
         axis.plot([law[name] for law in kept], "s", ms=5, color="#4878a8", label=f"one kept of {CANDIDATES}")
         axis.set_xticks(range(len(single)))
         axis.set_xlabel("rounds of distillation")
-        axis.set_ylabel(label)
+        axis.set_ylabel(label, fontsize=9)
     panels[0].set_ylim(bottom=0.9 * floor)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=150)
