@@ -75,23 +75,13 @@ def test_a_file_of_ones_own_becomes_an_imitator_with_an_audit_and_a_card(
     assert Imitator.from_pretrained(folder).answer(["What is 1 plus 1?"], max_new_tokens=4)
 
 
-@pytest.mark.parametrize("is_named", [True, False])
-def test_a_frozen_distinguisher_is_a_reward_of_plain_trl(
-    is_named, few_docstrings, tiny_model_dir, tmp_path, monkeypatch, capsys
-):
-    """An adapter on a model that is named; all weights of the base that is trained where none is."""
-    monkeypatch.setattr(distinguisher_as_reward, "tiny_base", lambda: tiny_model_dir)
-    found = distinguisher_as_reward.main(
-        [*([str(tiny_model_dir)] if is_named else []), "--smoke", "--output_dir", str(tmp_path)]
-    )
+def test_a_frozen_distinguisher_is_a_reward_of_plain_trl(few_docstrings, tiny_model_dir, tmp_path, capsys):
+    found = distinguisher_as_reward.main([str(tiny_model_dir), "--smoke", "--output_dir", str(tmp_path)])
 
-    assert (tmp_path / "likelihood" / "adapter_config.json").is_file() == is_named
     assert len(found["reward"]) == 2
     assert all(map(math.isfinite, found["reward"]))
     assert found["bits"][0] != found["bits"][1]  # plain TRL moved the weights
-    printed = capsys.readouterr().out
-    assert f"{found['bits'][1]:.1f} after" in printed
-    assert "Different answers to 6 questions: " in printed
+    assert f"{found['bits'][1]:.1f} after" in capsys.readouterr().out
     assert is_picture(tmp_path / "distinguisher_as_reward.png")
 
 
