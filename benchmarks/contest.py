@@ -332,13 +332,12 @@ def summarize(ledger: dict[str, Any], task: Task) -> tuple[list[dict[str, Any]],
         return [], ["nothing was measured yet"], part
     judges = noticing or list(judging.judges_of(task))
     chosen = {arm: chosen_for(ledger, task, part, arm, of_arm, judges) for arm, of_arm in measured.items()}
-    table = []
+    known, table = current(ledger, task), []
     for arm, of_arm in measured.items():
-        known = current(ledger, task)
         facts = [known[f"{task.name}/{part}/{arm}/{seed}"]["result"] for seed in sorted(of_arm[chosen[arm]])]
         shown = sorted(of_arm) if arm == "SFT" else [chosen[arm]]
         table += [verdicts.row(arm, t, of_arm[t], facts, judges) for t in shown]
-    power = current(ledger, task).get(key_of(cells(task, part)[0]))
+    power = known.get(key_of(cells(task, part)[0]))
     words = [f"power: {_power_in_words(power['result'])}"] if power else ["power: not measured"]
     if not noticing:
         return table, [*words, "cannot tell: no judge noticed what was planted"], part
@@ -363,7 +362,7 @@ def summarize(ledger: dict[str, Any], task: Task) -> tuple[list[dict[str, Any]],
     words.append(f"the frontier is SFT at {', '.join(f'{t:g}' for t in sorted(measured['SFT']))}")
     if part == "dev":
         words.append("nothing is claimed: arm and temperatures were chosen on these rows")
-    elif unmeasured := [key for key in _wanted_on_test_rows(ledger, task) if key not in current(ledger, task)]:
+    elif unmeasured := [key for key in _wanted_on_test_rows(ledger, task) if key not in known]:
         words.append(f"incomplete, nothing is claimed: {len(unmeasured)} cells are missing, {unmeasured[0]} first")
     return table, words, part
 

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from benchmarks import contest
 from benchmarks.worlds import contest_arms as arms
@@ -206,6 +207,29 @@ def test_the_verdict_asks_for_both_ends_of_the_frontier(accuracy, bits, beyond, 
     assert (seen.beyond, seen.halves) == (beyond, halves)
 
 
+def test_students_interval_is_scipys_and_one_seed_bounds_nothing():
+    values = [0.1, 0.4, 0.2]
+    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert verdicts.student(values) == pytest.approx((np.mean(values), *expected))
+    assert verdicts.student([0.1])[1:] == (-math.inf, math.inf)
+
+
+def test_seeds_that_disagree_are_not_beyond_however_narrow_the_bootstrap():
+    frontier = [verdicts.sums(made_up(0.7, 9.0, (1, 2), per_group=2000), ["ngram"])]
+    near, far = (made_up(a, 9.0, (seed,), per_group=2000) for a, seed in ((0.68, 1), (0.58, 2)))
+    seen = verdicts.verdict(verdicts.sums(near | far, ["ngram"]), frontier, num=500)
+    assert seen.less_seen.high < 0 < seen.less_seen_by_seeds.high
+    assert not seen.beyond
+
+
+def test_both_ends_of_a_frontier_are_kept_and_what_lies_near():
+    laws = {0.7: (0.60, 11.0), 0.85: (0.61, 10.0), 1.0: (0.70, 9.5), 1.15: (0.72, 9.0), 1.3: (0.80, 9.1)}
+    measured = {t: made_up(accuracy, bits, per_group=2000) for t, (accuracy, bits) in laws.items()}
+    assert verdicts.ends_of_frontier(measured, ["ngram"]) == [0.7, 0.85, 1.0, 1.15, 1.3]
+    measured[1.2] = made_up(0.75, 9.6, per_group=2000)
+    assert 1.2 not in verdicts.ends_of_frontier(measured, ["ngram"])
+
+
 def test_who_has_nothing_to_halve_halves_nothing():
     frontier = [verdicts.sums(made_up(0.5, 9.0), ["ngram"])]
     arm = verdicts.sums(made_up(0.5, 9.0, rng=np.random.default_rng(1)), ["ngram"])
@@ -320,6 +344,48 @@ def test_test_rows_are_measured_with_the_settings_they_were_opened_with_alone(tm
     cell = {"task": "notes", "part": "test", "arm": "combined 1", "seed": 11}
     with pytest.raises(PermissionError, match="other settings of 'combined 1'"):
         contest.run_cell(cell, contest.read_ledger(path), tmp_path)
+
+
+def test_test_rows_are_measured_with_the_code_they_were_opened_with_alone(tmp_path, tiny, monkeypatch):
+    path = tmp_path / "contest.json"
+    contest.write_ledger(path, complete(tiny))
+    contest.open_test("notes", ledger_path=path)
+    monkeypatch.setattr(contest, "code", lambda: "other")
+    cell = {"task": "notes", "part": "test", "arm": "SFT", "seed": 11}
+    with pytest.raises(PermissionError, match="opened with other code"):
+        contest.run_cell(cell, contest.read_ledger(path), tmp_path)
+
+
+def test_a_cell_is_one_process_s_until_it_is_done(tmp_path):
+    with (
+        contest.claimed(tmp_path, "notes/dev/SFT/11") as first,
+        contest.claimed(tmp_path, "notes/dev/SFT/11") as second,
+    ):
+        assert (first, second) == (True, False)
+    with contest.claimed(tmp_path, "notes/dev/SFT/11") as again:
+        assert again
+
+
+def test_puzzles_of_a_grid_stand_on_one_side_of_a_judges_split(monkeypatch, tmp_path):
+    seen = {}
+
+    def judge(train, valid, seed):
+        seen["learned"] = {pair.human.text for pair in (*train, *valid)}
+
+        def score(prompts, answers):
+            seen.setdefault("asked", set()).update(prompts)
+            return np.zeros(len(prompts))
+
+        return score
+
+    monkeypatch.setattr(judging, "judge", lambda task, name, folder: judge)
+    grids = sudoku.grids()[:20]
+    pairs = [judging.Pair(f"{n} {grid}", Answer(grid, True), (Answer("1", True),)) for grid in grids for n in range(6)]
+    found = judging.judged(tasks.SUDOKU, pairs, "ngram", tmp_path)
+    tested = {pair.human.text for pair in pairs if pair.prompt in seen["asked"]} - seen["learned"]
+    assert tested
+    assert sum(found["wins"][1]) == 6 * len(tested)  # all puzzles of each
+    assert np.count_nonzero(found["wins"][1]) <= len(tested)  # a grid is one group
 
 
 def test_cells_of_other_settings_are_no_part_of_the_table(tiny):

@@ -5,7 +5,6 @@ and teachers. An arm's CPU seconds are those of all the folders it needs, the st
 """
 
 import contextlib
-import json
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from benchmarks.worlds.contest_training import (
     sources,
     trainable,
 )
+from benchmarks.worlds.kept import made
 from hf_imitate import AdversarialConfig, AdversarialTrainer, Distinguisher
 from hf_imitate.checks import check_names
 from hf_imitate.ngram_distinguisher import NgramDistinguisher
@@ -335,6 +335,6 @@ def law_of(task: Task, arm: str, seed: int, folder: Path, temperature: float = 1
 
 def facts_of(path: Path) -> dict[str, Any]:
     """What is known of the training of a folder; `cpu_seconds` counts all that it needs."""
-    facts = json.loads((path / "made.json").read_text(encoding="utf-8"))
+    facts = made(path)
     own = {key: facts[key] for key in facts if key not in ("needs", "dev_loss", "cpu_seconds")}
     return own | {"cpu_seconds": cpu_seconds(path)}
