@@ -76,12 +76,14 @@ def test_a_file_of_ones_own_becomes_an_imitator_with_an_audit_and_a_card(
 
 
 def test_a_frozen_distinguisher_is_a_reward_of_plain_trl(few_docstrings, tiny_model_dir, tmp_path, capsys):
-    found = distinguisher_as_reward.main([str(tiny_model_dir), "--smoke", "--output_dir", str(tmp_path)])
+    rewards, reports = distinguisher_as_reward.main([str(tiny_model_dir), "--smoke", "--output_dir", str(tmp_path)])
 
-    assert len(found["reward"]) == 2
-    assert all(map(math.isfinite, found["reward"]))
-    assert found["bits"][0] != found["bits"][1]  # plain TRL moved the weights
-    assert f"{found['bits'][1]:.1f} after" in capsys.readouterr().out
+    assert len(rewards) == 2
+    assert all(map(math.isfinite, rewards))
+    bits = [report["bits_per_answer"].value for report in reports.values()]
+    assert bits[0] != bits[1]  # plain TRL moved the weights
+    assert all(0 <= reports["after"][f"paired_accuracy/{judge}"].value <= 1 for judge in distinguisher_as_reward.JUDGES)
+    assert f"before, {bits[1]:.1f}" in capsys.readouterr().out
     assert is_picture(tmp_path / "distinguisher_as_reward.png")
 
 
