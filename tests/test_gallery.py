@@ -82,7 +82,9 @@ def test_a_frozen_distinguisher_is_a_reward_of_plain_trl(few_docstrings, tiny_mo
     assert all(map(math.isfinite, rewards))
     bits = [report["bits_per_answer"].value for report in reports.values()]
     assert bits[0] != bits[1]  # plain TRL moved the weights
-    assert all(0 <= reports["after"][f"paired_accuracy/{judge}"].value <= 1 for judge in distinguisher_as_reward.JUDGES)
+    assert all(
+        0 <= reports["after"][f"paired_accuracy/{judge}"].value <= 1 for judge in distinguisher_as_reward.JUDGES
+    )
     assert f"before, {bits[1]:.1f}" in capsys.readouterr().out
     assert is_picture(tmp_path / "distinguisher_as_reward.png")
 
