@@ -1,5 +1,6 @@
 """The contest: tasks keep their promises, test rows open once, intervals and verdicts are what they say."""
 
+import dataclasses
 import json
 import math
 
@@ -435,3 +436,35 @@ def test_a_tiny_contest_runs_goes_on_opens_and_is_summed_up(tmp_path, tiny, monk
     assert sorted(row["arm"] for row in table) == sorted(["SFT", *TINY_ARMS])
     contest.figure(ledger, tiny, tmp_path / "contest.png")
     assert (tmp_path / "contest.png").read_bytes().startswith(b"\x89PNG")
+
+
+def adds_up_to_an_even_number(prompts, completions, completion_ids=None, **columns):
+    """About half of what an imitator that learned little says."""
+    return [sum(map(ord, completion)) % 2 == 0 for completion in completions]
+
+
+def test_arms_that_ask_a_check_keep_what_passes(tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(training, "READINGS", 1)
+    checks, rejection = (adds_up_to_an_even_number,), (1, 40, 3, 5e-3)
+    task = dataclasses.replace(tiny, checks=checks, settings=TINY_SETTINGS._replace(rejection=rejection))
+    asked = task.rows().dev["prompt"][:]
+
+    def passed(law):
+        return np.mean(
+            adds_up_to_an_even_number(asked, [answer.text for answer in training.answers(task, law, asked, 3)])
+        )
+
+    start, first = (arms.law_of(task, name, 11, tmp_path) for name in ("SFT", "SFT, first of 8 that passes"))
+    assert 0.2 < passed(start) < 0.8
+    assert passed(first) > 0.95  # of 8 answers none passes in one case in hundred and more
+    assert training.made(first.path)["steps"] == 0  # nobody was taught
+
+    learned = arms.law_of(task, "rejection sampling", 11, tmp_path)
+    own = training.answers(task, start, task.rows().unanswered[:40], 20_000)
+    of_those = adds_up_to_an_even_number(own, [answer.text for answer in own])
+    assert training.made(learned.path)["num_passed"] == [
+        sum(ok and bool(answer.text) for ok, answer in zip(of_those, own, strict=True))
+    ]
+    after = arms.law_of(task, "rejection, one of 8", 11, tmp_path)
+    assert learned.path.name in training.made(after.path)["needs"]
+    assert training.load(task, after.path).distinguisher.check_names == ("adds_up_to_an_even_number",)

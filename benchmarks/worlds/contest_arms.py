@@ -256,7 +256,7 @@ def checked(task: Task, seed: int, folder: Path, before: Callable[[Task, int, Pa
             checks=task.checks,
             check_weights=dict.fromkeys(check_names(task.checks), CERTAIN),
         )
-        judge.save_beside(path, task.tokenizer())
+        judge.save_beside(path / "distinguisher", task.tokenizer())
         return {"steps": 0}
 
     return _keep(task, f"checked {of.name}", folder, seed, [of], (*SFT, "rejection"), build)
