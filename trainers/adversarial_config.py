@@ -55,7 +55,8 @@ class AdversarialConfig(GRPOConfig):
         retrodictive_coef (`float`, *optional*):
             Weight of the summed negative log-likelihood of human answers, in nats and with the policy term's
             normaliser: the ratio of forward to reverse KL. `None` means 1.0, or the multiplier if a budget is given
-            (giving both is an error). 0.1 and less let the imitator collapse in trials.
+            (giving both is an error). At 0 nothing but the distinguisher holds the imitator: it collapsed where its
+            rate was a third of the distinguisher's.
         retrodictive_budget (`float`, *optional*):
             Nats the mean human log-probability may fall below its value at the end of the warm-up. A Lagrange
             multiplier on a moving average of training batches keeps it; it is reported on held-out rows.
