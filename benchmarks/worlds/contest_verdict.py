@@ -284,7 +284,7 @@ def plot(
     right.axvline(MARGIN_BITS, color="#888888", lw=0.8, ls=":")
     right.set_xlim(right=reach * 1.02)
     left.set_xlabel(f"accuracy of {judges} (dashed: chance)", fontsize=8)
-    right.set_xlabel("bits beyond SFT's fewest (dotted: no loss)", fontsize=8)
+    right.set_xlabel(f"bits beyond SFT's fewest (dotted: the margin, {MARGIN_BITS:g})", fontsize=8)
     for axis in (left, right):
         axis.tick_params(labelsize=7)
         axis.grid(axis="y", lw=0.3, color="#dddddd")
