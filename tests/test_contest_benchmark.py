@@ -95,7 +95,8 @@ def test_the_oracle_of_sudoku_loses_only_where_the_imitator_is_right():
 
 
 def test_arms_that_ask_a_check_are_only_where_there_is_one():
-    assert set(arms.arms_of(tasks.SUDOKU)) - set(arms.arms_of(tasks.NOTES)) == set(arms.ASK_A_CHECK)
+    longer = {"larger model, longer"}  # where it stopped short
+    assert set(arms.arms_of(tasks.SUDOKU)) - set(arms.arms_of(tasks.NOTES)) == {*arms.ASK_A_CHECK, *longer}
     assert set(contest.HEADLINE) < set(arms.arms_of(tasks.NOTES))
 
 
@@ -249,6 +250,7 @@ def test_the_best_arm_is_one_of_ours_and_loses_no_bits():
         for name, accuracy, bits in (
             ("SFT", 0.7, 9.0),
             ("larger model", 0.5, 8.0),
+            ("larger model, longer", 0.5, 8.0),
             ("adversarial", 0.55, 12.0),
             ("combined 1", 0.62, 9.0),
             ("one of 8", 0.58, 8.5),

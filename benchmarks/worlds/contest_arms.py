@@ -62,12 +62,12 @@ def start(task: Task, seed: int, folder: Path, by: str = "sft") -> Path:
     return _keep(task, by, folder, seed, [], SFT, build)
 
 
-def larger(task: Task, seed: int, folder: Path) -> Path:
+def larger(task: Task, seed: int, folder: Path, name: str = "larger") -> Path:
     """The larger model, by likelihood of the same rows: an arm of its own, and what larger distinguishers start as."""
-    steps, rate = task.settings.larger
+    steps, rate = getattr(task.settings, name)
     model_of = lambda: task.new_model("larger", seed + 7).requires_grad_(True)  # noqa: E731
     build = lambda path: fit(task, model_of(), task.rows().train, path, steps, rate, seed)  # noqa: E731
-    return _keep(task, "larger", folder, seed, [], LARGER, build)
+    return _keep(task, name, folder, seed, [], ("batch", name), build)
 
 
 def continued(task: Task, seed: int, folder: Path) -> Path:
@@ -296,6 +296,9 @@ ARMS = {
     "distilled, one of 8": _after(distilled, DISTILLED),
     "SFT continued": Arm(continued, (*SFT, "more")),
     "larger model": Arm(larger, LARGER),
+    "larger model, longer": Arm(
+        lambda task, seed, folder: larger(task, seed, folder, "larger_longer"), ("batch", "larger_longer")
+    ),
     "rejection sampling": Arm(rejection, (*SFT, "rejection")),
     "SFT, first of 8 that passes": _first_that_passes(start, (*SFT, "rejection")),
     "rejection, first of 8 that passes": _first_that_passes(rejection, (*SFT, "rejection")),
@@ -324,6 +327,8 @@ ASK_A_CHECK = (
 def arms_of(task: Task) -> list[str]:
     """Those that make sense here, in the order of their importance: what asks a check needs one."""
     found = [name for name in ARMS if task.checks or name not in ASK_A_CHECK]
+    if not task.settings.larger_longer[0]:
+        found.remove("larger model, longer")
     # A long answer times 32 takes longer than a cell may.
     return [name for name in found if ARMS[name].resample * task.max_tokens <= MOST_TOKENS]
 

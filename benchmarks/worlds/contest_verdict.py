@@ -20,6 +20,7 @@ NOT_OURS = (
     "SFT continued",
     "retrodictive",
     "larger model",
+    "larger model, longer",
     "larger model, one of 8",
     "rejection sampling",
     "SFT, first of 8 that passes",
