@@ -284,10 +284,14 @@ class LatentRetrodictiveTrainer(FiniteSteps, LatentSaving, SFTTrainer):
                 raise
 
     def _record(self, table: Tensor) -> None:
-        # By row, so that those which only fill the last batch of several processes are left out.
-        sums = self.accelerator.gather_for_metrics(table.float().to(self.accelerator.device)).double().sum(dim=0)
+        table = table.float().to(self.accelerator.device)
+        if self.model.training:
+            # `gather_for_metrics` would cut every batch that an epoch's last step accumulates to the size of its last.
+            mode, sums = "train", self.accelerator.reduce(table.sum(dim=0))
+        else:
+            # By row, so that those which only fill the last batch of several processes are left out.
+            mode, sums = "eval", self.accelerator.gather_for_metrics(table).double().sum(dim=0)
         values = dict(zip(COLUMNS, sums.tolist(), strict=True))
-        mode = "train" if self.model.training else "eval"
         for name, (total, count) in METRICS.items():
             scale = nats_to_bits(1.0) if name.startswith("retrodiction/") else 1.0
             self._tally.add(mode, name, scale * values[total], values[count])
