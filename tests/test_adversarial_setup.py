@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import DatasetDict
 from launch import TESTS, in_two_processes
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from tiny_runs import (
     Watched,
     chat_rows,
@@ -181,6 +181,15 @@ def test_any_kind_of_distinguisher_judges(tmp_path, tiny_model_dir, given):
     train(trainer)
     assert trainer.distinguisher.model is not trainer.model
     assert not same(before, distinguisher_weights(trainer))
+
+
+def test_beside_an_imitator_of_prompt_tuning_a_model_of_its_own_gets_an_adapter_that_it_reads(
+    tmp_path, tiny_model_dir
+):
+    prompts = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    arguments = {"peft_config": prompts, "distinguisher": str(tiny_model_dir)}
+    trainer = make(tmp_path, tiny_model_dir, arguments=arguments)
+    assert isinstance(trainer.distinguisher.model.peft_config["default"], LoraConfig)
 
 
 def test_an_adapter_that_cannot_be_trained_saved_or_told_apart_is_an_error(tmp_path, tiny_model_dir):

@@ -19,6 +19,7 @@ from hf_imitate.classifier import without_dropout
 from hf_imitate.log_probs import nats_to_bits
 from hf_imitate.retrodictor import Thinkers
 from hf_imitate.rows import is_conversational_row
+from hf_imitate.sampling import check_drawing
 from hf_imitate.scoring import num_positions
 from hf_imitate.thoughts import settle_thought_law
 from hf_imitate.trainers.adversarial_inputs import check_best_metric
@@ -148,6 +149,7 @@ class LatentRetrodictiveTrainer(FiniteSteps, LatentSaving, SFTTrainer):
         self.renderer = settle_renderer(
             self._tokenizer, self.model.generation_config, question, role, args.chat_template_kwargs
         )
+        check_drawing(self.model, 1.0, 0, {})
         ends = self.renderer.end_token_ids
         settle_padding(self._tokenizer, self.model, ends)
         without_dropout(self.model)
