@@ -86,7 +86,7 @@ def logits_of(
         completions = [
             renderer.as_completion(*pair) for pair in zip(questions, (a.text for a in answers), strict=True)
         ]
-        outcomes = check_outcomes(checks, questions, completions, None, **columns)
+        outcomes = check_outcomes(checks, questions, renderer.tidy(completions), None, **columns)
     return distinguisher.score(questions, answers, outcomes).cpu()
 
 

@@ -26,11 +26,22 @@ def default_peft_config() -> LoraConfig:
 
 
 def adapter_config(peft_config: PeftConfig, **changes: Any) -> PeftConfig:
-    """A copy of an adapter's configuration for a distinguisher: without dropout, with `changes`."""
+    """A copy of an adapter's configuration for a second model: of the weights, without dropout, with `changes`.
+
+    Raises:
+        ValueError: it adapts no weights: what it puts before a text, the body alone would never read.
+    """
+    if peft_config.is_prompt_learning:
+        raise ValueError(
+            f"A {type(peft_config).__name__} adapts no weights but puts tokens before a text: a distinguisher or "
+            "retrodictor would never read them. Give it a LoraConfig, as `distinguisher_peft_config` or "
+            "`retrodictor_peft_config`."
+        )
     config = copy.deepcopy(peft_config)
     config.inference_mode = False
     if isinstance(config, LoraConfig):
         config.lora_dropout = 0.0
+        config.alora_invocation_tokens = None  # it would look for its words in the imitator's prompts
     for name, value in changes.items():
         setattr(config, name, value)
     return config

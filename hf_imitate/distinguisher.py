@@ -334,7 +334,7 @@ class Distinguisher:
                     f"This distinguisher was trained with the checks {list(self.check_names)}. Pass them to "
                     "`Distinguisher.from_pretrained(..., checks=[...])`."
                 )
-            outcomes = check_outcomes(self.checks, prompts, completions, completion_ids, **columns)
+            outcomes = check_outcomes(self.checks, prompts, self.renderer.tidy(completions), completion_ids, **columns)
         return self.score(prompts, [Answer(*pair) for pair in zip(texts, ended, strict=True)], outcomes).tolist()
 
     # --- training and saving

@@ -118,8 +118,7 @@ class Learner:
         if weight == 0:
             # There is nothing to learn on any process, and momentum alone must not move the distinguisher.
             return StepResult(0.0, self.score(pairs))
-        if self.distinguisher.check_names and not self.optimizer.state and not self.distinguisher.check_weights.any():
-            self._begin_checks(pairs)
+        is_first = not self.optimizer.state and not self.distinguisher.check_weights.any()
         logits: dict[int, Logits] = {}
         loss_sum = torch.zeros(1, device=device)
         with self.distinguisher.active():
@@ -148,6 +147,9 @@ class Learner:
                 group["lr"] = rate * lr_scale
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+        if self.distinguisher.check_names and is_first:
+            # Not before: no answer is paid by a weight that it has itself decided.
+            self._begin_checks(pairs)
         return StepResult(mean_loss, [logits[i] for i in range(len(pairs))])
 
     @torch.no_grad()
@@ -164,14 +166,17 @@ class Learner:
     def _begin_checks(self, pairs: Sequence[Pair]) -> None:
         """Give the checks the weights that the first pairs speak for; steps of Adam alone would take hundreds."""
         weights = self.distinguisher.check_weights
-        alone = torch.zeros(2, len(weights), device=weights.device)
+        alone, totals = torch.zeros(2, len(weights), device=weights.device), torch.zeros(2, device=weights.device)
         for pair in pairs:
+            totals += totals.new_tensor([len(pair.imitator), pair.weight])
             if pair.imitator_checks:
                 on_imitator = torch.tensor(pair.imitator_checks, device=weights.device)
                 on_human = torch.tensor(pair.human_checks, device=weights.device).expand_as(on_imitator)
                 more = torch.nan_to_num(on_human - on_imitator, nan=0.0) * pair.weight
                 alone += torch.stack([more.clamp(min=0).mean(dim=0), (-more).clamp(min=0).mean(dim=0)])
-        weights.copy_(first_weights(*self._reduced(alone)))
+        # Under the mean weight: a data set whose weights sum to 1 holds no fewer pairs.
+        number, weight = self._reduced(totals)
+        weights.copy_(first_weights(*(self._reduced(alone) * number / weight)))
 
     def _chunks(self, pairs: Sequence[Pair]) -> list[list[int]]:
         """Indices of pairs of similar length, with at most `max_rows` answers in a chunk."""

@@ -123,6 +123,15 @@ class Renderer:
         """An answer's text in the form that the data set has answers in."""
         return text if isinstance(prompt, str) else [{"role": self.role_after(prompt), "content": text}]
 
+    def tidy(self, completions: Sequence[str | list[dict[str, Any]]]) -> list[str | list[dict[str, Any]]]:
+        """Answers in the data set's form with their texts in canonical spelling: what a check is shown."""
+        return [
+            canonical_text(one)
+            if isinstance(one, str)
+            else [*one[:-1], {**one[-1], "content": canonical_text(one[-1]["content"])}]
+            for one in completions
+        ]
+
     def in_their_roles(self, prompts: Sequence[str | list], completions: Sequence[str | list]) -> list[str | list]:
         """Sampled answers, each message in the role whose turn was opened for it; plain text as it is."""
         return [

@@ -47,6 +47,10 @@ def each_process(folder: Path, model: Path) -> None:
             parameter -= RATE * parameter.grad
             by_name[name] -= RATE * by_name[name].grad
     found["nats"] = likelihood.mean_nats(shards, all_rows) - likelihood.mean_nats(whole, all_rows)
+    # Of one row, one process has none; a batch of evaluation may hold no question of its own either.
+    one_row = all_rows[:1]
+    found["nats of one"] = likelihood.mean_nats(shards, one_row) - likelihood.mean_nats(whole, one_row)
+    found["loss of none"] = likelihood.loss(shards, likelihood.rows.batch(one_row) if rank == 0 else []).item()
     text = ("de", "fg")[rank]
     learner.step([Pair("Item 1:", Answer("abc", True), (Answer(text, True),))])
     weights = torch.cat([parameter.detach().flatten() for parameter in learner.parameters])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import DatasetDict
 from launch import TESTS, in_two_processes
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from tiny_runs import (
     Watched,
     chat_rows,
@@ -23,7 +23,7 @@ from tiny_runs import (
     spied,
     train,
 )
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from trl import GRPOConfig, GRPOTrainer
 
 from hf_imitate import AdversarialTrainer, Distinguisher
@@ -181,6 +181,41 @@ def test_any_kind_of_distinguisher_judges(tmp_path, tiny_model_dir, given):
     train(trainer)
     assert trainer.distinguisher.model is not trainer.model
     assert not same(before, distinguisher_weights(trainer))
+
+
+def gpt2(num_positions):
+    """A model of another architecture than the tiny one."""
+    config = GPT2Config(vocab_size=400, n_positions=num_positions, n_embd=16, n_layer=1, n_head=2, eos_token_id=0)
+    return GPT2LMHeadModel(config)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # PEFT says so of each layer of GPT-2's kind
+def test_a_distinguisher_of_another_architecture_is_adapted_in_layers_of_its_own(tmp_path, tiny_model_dir):
+    """GPT-2 has no `q_proj`, which is what "all-linear" had become on the imitator."""
+    trainer = make(tmp_path, tiny_model_dir, arguments={"distinguisher": gpt2(64)})
+    layers = {name.split(".")[-1] for name in trainer.distinguisher.model.peft_config["default"].target_modules}
+    assert layers == {"c_attn", "c_proj", "c_fc"}
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+@pytest.mark.parametrize("several", [False, True])
+def test_questions_too_long_for_the_distinguisher_are_named_before_the_first_step(tmp_path, tiny_model_dir, several):
+    """The imitator reads them; the distinguisher would have ended the run with an IndexError after the warm-up."""
+    dataset = rows(20).map(lambda row, i: {"prompt": row["prompt"] * (3 if i == 7 else 1)}, with_indices=True)
+    distinguisher = ["ngram", gpt2(16)] if several else gpt2(16)
+    with pytest.raises(
+        ValueError, match=r"1 of 20 questions \(`train_dataset` column 'prompt', rows \[7\]\).*16 positions"
+    ):
+        make(tmp_path, tiny_model_dir, dataset, arguments={"distinguisher": distinguisher})
+
+
+def test_beside_an_imitator_of_prompt_tuning_a_model_of_its_own_gets_an_adapter_that_it_reads(
+    tmp_path, tiny_model_dir
+):
+    prompts = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    arguments = {"peft_config": prompts, "distinguisher": str(tiny_model_dir)}
+    trainer = make(tmp_path, tiny_model_dir, arguments=arguments)
+    assert isinstance(trainer.distinguisher.model.peft_config["default"], LoraConfig)
 
 
 def test_an_adapter_that_cannot_be_trained_saved_or_told_apart_is_an_error(tmp_path, tiny_model_dir):

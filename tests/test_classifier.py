@@ -1,6 +1,6 @@
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from hf_imitate.classifier import (
@@ -16,6 +16,15 @@ from hf_imitate.classifier import (
 @pytest.fixture
 def model(tiny_model_dir):
     return AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+
+
+def test_an_adapter_that_the_body_would_not_read_is_refused_or_made_a_plain_one():
+    """Only the head would have learned, and plain PEFT would have put untrained tokens before each text."""
+    with pytest.raises(ValueError, match=r"PromptTuningConfig adapts no weights.*`distinguisher_peft_config`"):
+        adapter_config(PromptTuningConfig(num_virtual_tokens=2))
+    assert (
+        adapter_config(LoraConfig(alora_invocation_tokens=[5], task_type="CAUSAL_LM")).alora_invocation_tokens is None
+    )
 
 
 def test_a_new_head_is_small_and_not_zero():

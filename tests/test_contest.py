@@ -83,6 +83,21 @@ def test_scores_are_those_before_the_update_for_rows_learned_from_too(make, shar
     assert math.isnan(scores.loss) == (not learn_from)
 
 
+@pytest.mark.parametrize("learn_from", [[0, 3], [0, 1, 2, 3, 4, 5]], ids=str)
+def test_where_checks_begin_is_no_part_of_the_first_scores(make, learn_from):
+    """The first pairs decide it: an answer learned from must not be paid by what it has itself decided."""
+    outcomes, human_outcomes = torch.zeros(9, 1), torch.ones(9, 1)
+    distinguisher, batch = make(checks=[is_short]), a_round(outcomes=outcomes, human_outcomes=human_outcomes)
+    with torch.no_grad():
+        distinguisher.check_weights.zero_()
+    expected = text_scores(distinguisher, batch)
+
+    scores = score_then_update(Learner(distinguisher, 1e-3), batch, learn_from, [[], []])
+
+    assert_scores(scores, expected)
+    assert distinguisher.check_weights.item() > 1
+
+
 def test_only_scoring_changes_nothing(make):
     distinguisher, batch = make(), a_round()
     before = [p.detach().clone() for p in distinguisher.trainable_parameters()]

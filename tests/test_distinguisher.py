@@ -17,6 +17,7 @@ from distinguishers import (
 from peft import LoraConfig
 from transformers import AutoTokenizer
 
+from hf_imitate.candidates import logits_of
 from hf_imitate.distinguisher import ADAPTER_NAME, Distinguisher, fit
 from hf_imitate.pairs import Learner, Pair
 from hf_imitate.rendering import Answer, Renderer
@@ -224,6 +225,23 @@ def test_as_a_reward_it_adds_its_checks_and_asks_for_missing_ones(tiny_model_dir
 
 
 # --- checks
+
+
+def test_checks_read_an_answer_in_the_spelling_that_they_read_in_training(tiny_model_dir, tokenizer):
+    """A blank at its end would have failed a check of the whole answer, though training passed it."""
+    d = make("adapter", tiny_model_dir, tokenizer, checks=[is_wanted])
+    as_written, canonical = ["it \n", "it"]
+
+    paid = d(["q", "q"], [as_written, canonical], wanted=["it", "it"])
+    messages = [[{"role": "assistant", "content": text}] for text in (as_written, canonical)]
+    kept = logits_of(
+        *(d, d.renderer, ["q", "q"], [Answer(as_written, True), Answer(canonical, True)]),
+        *([is_wanted], {"wanted": ["it", "it"]}),
+    ).tolist()
+
+    assert paid[0] == pytest.approx(paid[1], abs=1e-5)
+    assert kept[0] == pytest.approx(kept[1], abs=1e-5)
+    assert d.renderer.tidy(messages) == [messages[1], messages[1]]
 
 
 def test_a_check_that_does_not_apply_adds_nothing(tiny_model_dir, tokenizer):

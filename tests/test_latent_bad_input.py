@@ -7,6 +7,7 @@ import latent_worlds as worlds
 import pytest
 import torch
 from datasets import Dataset
+from peft import PromptTuningConfig
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from hf_imitate import Imitator
@@ -80,6 +81,13 @@ def test_bad_rows_are_named(world, tmp_path, columns, error, words):
 def test_data_sets_that_are_none_are_refused(world, tmp_path, dataset, error):
     with pytest.raises(error, match="train_dataset"):
         worlds.make(tmp_path, world, dataset)
+
+
+def test_an_imitator_of_prompt_tuning_would_think_without_its_prompt_and_is_refused(world, tmp_path):
+    """It was trained on thoughts that the bare base drew, as if they were its own."""
+    adapter = {"peft_config": PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")}
+    with pytest.raises(ValueError, match=r"active adapter, PROMPT_TUNING.*Use LoRA"):
+        worlds.make(tmp_path, world, arguments=adapter, estimator="prior")
 
 
 def test_conversations_without_a_chat_template_are_refused(world, tmp_path):

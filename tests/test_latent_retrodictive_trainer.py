@@ -254,6 +254,23 @@ def test_the_metrics_of_a_step_are_logged(world, tmp_path):
     assert entry["thoughts/elbo_gap"] >= 0
 
 
+def test_the_last_step_of_an_epoch_measures_every_batch_it_accumulates(world, tmp_path):
+    """Five rows in batches of two, two and one: all of the third's size, as in an evaluation, would be three rows."""
+    trainer = worlds.make(
+        *(tmp_path, world, worlds.rows().select(range(5))),
+        **{"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3},
+    )
+    seen, add = {}, trainer._tally.add
+
+    def count(mode, name, total, number):
+        seen[name] = seen.get(name, 0) + number
+        add(mode, name, total, number)
+
+    trainer._tally.add = count
+    worlds.train(trainer)
+    assert seen["thoughts/skipped"] == 5
+
+
 def test_full_fine_tuning_has_its_retrodictor_on_a_frozen_copy(world, tmp_path):
     trainer = worlds.make(tmp_path, world, full=True, max_steps=3)
     frozen = [p.detach().clone() for n, p in trainer.retrodictor.model.named_parameters() if "lora_" not in n]

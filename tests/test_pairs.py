@@ -1,3 +1,4 @@
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -211,7 +212,7 @@ def test_checks_at_weight_0_begin_where_the_first_pairs_say_and_others_stay(make
     distinguisher = make(checks=[is_short, is_wanted])
     answer = Answer("a", True)
     pairs = [
-        Pair("q", answer, (answer,) * 2, 3.0, (1.0, 1.0), ((0.0, NAN), (0.0, 0.0))),  # counts as 3 pairs
+        Pair("q", answer, (answer,) * 2, 3.0, (1.0, 1.0), ((0.0, NAN), (0.0, 0.0))),  # thrice the next
         Pair("q", answer, (answer,), 1.0, (0.0, 1.0), ((1.0, 1.0),)),
     ]
 
@@ -223,14 +224,25 @@ def test_checks_at_weight_0_begin_where_the_first_pairs_say_and_others_stay(make
         distinguisher.check_weights.zero_()
     learner = Learner(distinguisher, 1e-6, reduce=lambda tensor: 2 * tensor)  # as if another process had the same
     learner.step(pairs)
-    # The first is passed by the human alone in 3 of 4 pairs, the second in half of 3.
-    begun = first_weights(torch.tensor([6.0, 3.0]), torch.tensor([2.0, 0.0]))
-    assert (distinguisher.check_weights - begun).abs().max() < 1.1 * CHECK_LEARNING_RATE
+    # Of 6 comparisons the first is passed by the human alone in 3/4, the second in half of 3/4.
+    begun = first_weights(torch.tensor([4.5, 2.25]), torch.tensor([1.5, 0.0]))
+    torch.testing.assert_close(distinguisher.check_weights.detach(), begun)
 
     with torch.no_grad():
         distinguisher.check_weights.zero_()
     learner.step(pairs)  # it is no beginner any more
     assert distinguisher.check_weights.abs().max() < 1.1 * CHECK_LEARNING_RATE
+
+
+@pytest.mark.parametrize("unit", [1e-3, 1.0, 1e3])
+def test_the_unit_of_the_rows_weights_does_not_move_where_checks_begin(make, unit):
+    distinguisher, answer = make(checks=[is_short]), Answer("a", True)
+    with torch.no_grad():
+        distinguisher.check_weights.zero_()
+
+    Learner(distinguisher, 1e-6).step([Pair("q", answer, (answer,), unit, (1.0,), ((0.0,),))] * 9)
+
+    assert distinguisher.check_weights.item() == pytest.approx(math.log(9.5 / 0.5), abs=1.1 * CHECK_LEARNING_RATE)
 
 
 @pytest.mark.parametrize("outcome", [0.0, 1.0])

@@ -13,9 +13,12 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from hf_imitate.checks import Check, check_outcomes
+from hf_imitate.distinguisher import Distinguisher
 from hf_imitate.human_rows import ROW_COLUMN, HumanRows, question_lengths
+from hf_imitate.ngram_distinguisher import NgramDistinguisher
 from hf_imitate.rendering import Renderer, canonical_text
 from hf_imitate.rows import check_columns
+from hf_imitate.scoring import num_positions
 from hf_imitate.trainers.adversarial_config import LOWEST_BITS, AdversarialConfig
 from hf_imitate.trainers.roles import check_roles, completion_role
 
@@ -158,6 +161,41 @@ def _name(distinguisher: Any) -> str:
 
 def _is_same(one: Any, other: Any) -> bool:
     return isinstance(one, str) and isinstance(other, str) and one == other
+
+
+def check_read_lengths(
+    distinguisher: Distinguisher,
+    datasets: dict[str, Dataset],
+    tokenizer: Any,
+    model: PreTrainedModel | PeftModel,
+    args: AdversarialConfig,
+) -> None:
+    """Refuse questions that a distinguisher with a model of its own cannot read with an answer.
+
+    Args:
+        distinguisher: one, or several whose logits add.
+        datasets: all rows by the name of their argument.
+        tokenizer, model: the imitator's, whose lengths [`check_lengths`] looks at.
+        args: settings.
+
+    Raises:
+        ValueError: question and longest answer together exceed the positions of a distinguisher's model.
+    """
+    known = num_positions(model)
+    for one in getattr(distinguisher, "members", [distinguisher]):
+        limit = None if isinstance(one, NgramDistinguisher) else num_positions(one.model)
+        if limit is None or (one.tokenizer is tokenizer and known is not None and known <= limit):
+            continue
+        longest = min(one.renderer.max_answer_tokens or args.max_completion_length, args.max_completion_length)
+        for name, dataset in datasets.items():
+            lengths = question_lengths(dataset, one.renderer)
+            too_long = [i for i, length in lengths.items() if length + longest > limit]
+            if too_long:
+                raise ValueError(
+                    f"{len(too_long)} of {len(lengths)} questions (`{name}` column 'prompt', rows {too_long[:5]}) "
+                    f"have up to {max(lengths.values())} tokens; with an answer of {longest} they exceed the "
+                    f"distinguisher's {limit} positions. Give a `distinguisher` that reads more, or shorten these."
+                )
 
 
 def check_lengths(

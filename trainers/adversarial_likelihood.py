@@ -69,6 +69,8 @@ class HumanLikelihood:
             num_bytes = weight * weight.new_tensor([row.num_bytes for row in rows])
             sums = torch.stack([-(weight * log_prob.detach()).sum(), weight.sum(), num_bytes.sum()])
             loss = retrodictive_loss(log_prob, weight) * weight.sum() / (len(rows) * self.mean_weight)
+        else:
+            self._keep_up(model)
         # A process without rows takes part, too: the others wait for it.
         nats, count, num_bytes = gather(sums[None]).sum(dim=0).tolist()
         self.record("retrodiction/bits_per_answer", nats_to_bits(nats), count)
@@ -80,9 +82,14 @@ class HumanLikelihood:
         """Mean nats per human answer over the rows `ids`, each process reading its share."""
         mine = self.rows.batch(ids[self.accelerator.process_index :: self.accelerator.num_processes])
         sums = torch.zeros(2, device=self.accelerator.device)
-        for start in range(0, len(mine), self.batch_size):
+        most = -(-len(ids) // self.accelerator.num_processes)
+        for start in range(0, most, self.batch_size):
+            rows = mine[start : start + self.batch_size]
+            if not rows:
+                self._keep_up(model)
+                continue
             with self.accelerator.autocast():
-                log_prob, weight = self._log_prob(model, mine[start : start + self.batch_size])
+                log_prob, weight = self._log_prob(model, rows)
             sums += torch.stack([-(weight * log_prob).sum(), weight.sum()])
         nats, count = gather(sums[None]).sum(dim=0).tolist()
         return nats / count
@@ -112,6 +119,12 @@ class HumanLikelihood:
         self.nats_now = BUDGET_DECAY * self.nats_now + (1 - BUDGET_DECAY) * mean
         self.multiplier = updated_multiplier(self.multiplier, self.nats_now - self.nats_at_start - self.budget)
         self.record("retrodiction/multiplier", self.multiplier, 1)
+
+    @torch.no_grad()
+    def _keep_up(self, model: nn.Module) -> None:
+        """A forward for nothing where another process has rows: shards of weights come together in all at once."""
+        if self.accelerator.num_processes > 1:
+            self._log_prob(model, self.rows.batch(self.rows.train[:1].tolist()))
 
     def _log_prob(self, model: nn.Module, rows: Sequence[HumanRow]) -> tuple[Tensor, Tensor]:
         """Log p of each row's answer, nats, and the rows' weights. [B], [B]."""

@@ -139,6 +139,8 @@ def _build_one(
     keeps_lm: dict[str, Any] = {"keep_language_model": args.distinguisher_lm_warmup_steps != 0}
     if given is not None:
         config = copy.deepcopy(distinguisher_peft_config or peft_config or own)
+        if config is not None and config.is_prompt_learning and distinguisher_peft_config is None:
+            config = default_peft_config()
         if config is not None:
             config.base_model_name_or_path = config.revision = None  # those of the imitator's base
         if isinstance(given, PreTrainedModel):

@@ -29,6 +29,7 @@ from hf_imitate.trainers.adversarial_inputs import (
     check_evaluation,
     check_frozen,
     check_lengths,
+    check_read_lengths,
     named_sets,
     try_checks,
 )
@@ -204,13 +205,15 @@ class AdversarialTrainer(FiniteSteps, AdversarialSaving, AdversarialPlan, GRPOTr
             self.model.requires_grad_(False)
         self.renderer = settle_renderer(self, role)
         human_rows = HumanRows(self.train_dataset, self.renderer, args.heldout_fraction, args.seed)
-        check_lengths(human_rows, named_sets(train_dataset, eval_dataset), self.renderer, self.model, args)
+        sets = named_sets(train_dataset, eval_dataset)
+        check_lengths(human_rows, sets, self.renderer, self.model, args)
         self.engine = Engine.of(self.accelerator, start["model"], args)
         self.engine.check_frozen(args.freeze_imitator)
         self.distinguisher = build_distinguisher(
             *(distinguisher, self.model, self.renderer, args, self.checks, peft_config, distinguisher_peft_config),
             self.engine,
         )
+        check_read_lengths(self.distinguisher, sets, self._tokenizer, self.model, args)
         # In the order of the learned weights, which a distinguisher that was trained before brings along.
         self.checks = list(self.distinguisher.checks)
         self.distinguisher.place(self.accelerator.device, self.accelerator.autocast, bool(args.gradient_checkpointing))

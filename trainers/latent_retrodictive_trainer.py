@@ -19,6 +19,7 @@ from hf_imitate.classifier import without_dropout
 from hf_imitate.log_probs import nats_to_bits
 from hf_imitate.retrodictor import Thinkers
 from hf_imitate.rows import is_conversational_row
+from hf_imitate.sampling import check_drawing
 from hf_imitate.scoring import num_positions
 from hf_imitate.thoughts import settle_thought_law
 from hf_imitate.trainers.adversarial_inputs import check_best_metric
@@ -148,6 +149,7 @@ class LatentRetrodictiveTrainer(FiniteSteps, LatentSaving, SFTTrainer):
         self.renderer = settle_renderer(
             self._tokenizer, self.model.generation_config, question, role, args.chat_template_kwargs
         )
+        check_drawing(self.model, 1.0, 0, {})
         ends = self.renderer.end_token_ids
         settle_padding(self._tokenizer, self.model, ends)
         without_dropout(self.model)
@@ -284,10 +286,14 @@ class LatentRetrodictiveTrainer(FiniteSteps, LatentSaving, SFTTrainer):
                 raise
 
     def _record(self, table: Tensor) -> None:
-        # By row, so that those which only fill the last batch of several processes are left out.
-        sums = self.accelerator.gather_for_metrics(table.float().to(self.accelerator.device)).double().sum(dim=0)
+        table = table.float().to(self.accelerator.device)
+        if self.model.training:
+            # `gather_for_metrics` would cut every batch that an epoch's last step accumulates to the size of its last.
+            mode, sums = "train", self.accelerator.reduce(table.sum(dim=0))
+        else:
+            # By row, so that those which only fill the last batch of several processes are left out.
+            mode, sums = "eval", self.accelerator.gather_for_metrics(table).double().sum(dim=0)
         values = dict(zip(COLUMNS, sums.tolist(), strict=True))
-        mode = "train" if self.model.training else "eval"
         for name, (total, count) in METRICS.items():
             scale = nats_to_bits(1.0) if name.startswith("retrodiction/") else 1.0
             self._tally.add(mode, name, scale * values[total], values[count])

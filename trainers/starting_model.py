@@ -1,6 +1,7 @@
 """The model a run starts from: one that can be trained, or the id or folder of one, also of an adapter."""
 
 import contextlib
+import copy
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -43,7 +44,8 @@ def starting_model(
     """
     given = {
         "processing_class": processing_class,
-        "peft_config": peft_config,
+        # PEFT writes this model's layers into it, and those of a second model may have other names.
+        "peft_config": copy.deepcopy(peft_config),
         "quantization_config": quantization_config,
     }
     loading = dict(args.model_init_kwargs or {})
