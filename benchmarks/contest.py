@@ -47,6 +47,7 @@ RIVALS = (  # beside SFT
     "rejection sampling",
     "SFT, first of 8 that passes",
     "rejection, first of 8 that passes",
+    "rejection, first of 32 that passes",
     "larger model",
     "larger model, longer",
 )

@@ -277,14 +277,14 @@ def _game(name: str, uses: tuple[str, ...] = GAME, resample: int = 1, **settings
     return Arm(lambda task, seed, folder: game(task, seed, folder, name, **settings), uses, resample)
 
 
-def _first_that_passes(before: Callable[[Task, int, Path], Path], uses: tuple[str, ...]) -> Arm:
-    """One of 8, by the check alone; no distinguisher was taught."""
-    return Arm(lambda task, seed, folder: checked(task, seed, folder, before), uses, 8)
+def _first_that_passes(before: Callable[[Task, int, Path], Path], uses: tuple[str, ...], resample: int = 8) -> Arm:
+    """One of K, by the check alone; no distinguisher was taught."""
+    return Arm(lambda task, seed, folder: checked(task, seed, folder, before), uses, resample)
 
 
-def _after(before: Callable[[Task, int, Path], Path], uses: tuple[str, ...]) -> Arm:
-    """One of 8, by a distinguisher that is taught beside that imitator in place of the start."""
-    return Arm(lambda task, seed, folder: residual(task, seed, folder, before(task, seed, folder)), uses, 8)
+def _after(before: Callable[[Task, int, Path], Path], uses: tuple[str, ...], resample: int = 8) -> Arm:
+    """One of K, by a distinguisher that is taught beside that imitator in place of the start."""
+    return Arm(lambda task, seed, folder: residual(task, seed, folder, before(task, seed, folder)), uses, resample)
 
 
 ARMS = {
@@ -314,12 +314,16 @@ ARMS = {
     "distilled twice": Arm(lambda task, seed, folder: distilled(task, seed, folder, 2), DISTILLED),
     "larger model, one of 8": _after(larger, RESIDUAL),
     "one of 32": Arm(residual, RESIDUAL, 32),
+    "rejection, one of 32": _after(rejection, (*RESIDUAL, "rejection"), 32),
+    "rejection, first of 32 that passes": _first_that_passes(rejection, (*SFT, "rejection"), 32),
 }
 ASK_A_CHECK = (
     "rejection sampling",
     "rejection, one of 8",
     "SFT, first of 8 that passes",
     "rejection, first of 8 that passes",
+    "rejection, one of 32",
+    "rejection, first of 32 that passes",
     "no check",
 )
 

@@ -25,6 +25,7 @@ NOT_OURS = (
     "rejection sampling",
     "SFT, first of 8 that passes",
     "rejection, first of 8 that passes",
+    "rejection, first of 32 that passes",
 )
 
 Measured = dict[float, dict[int, dict[str, Any]]]  # temperature -> seed -> what was measured
