@@ -296,6 +296,7 @@ def test_a_human_who_answers_by_the_imitators_own_law_is_not_told_from_it(tiny_m
         (lambda data: data.map(lambda row: {"completion": "a\ufffd"}), "decoded wrongly"),
         (lambda data: data.remove_columns("completion"), "no column `completion`"),
         (lambda data: data.to_list(), "must be a `datasets.Dataset`"),
+        (lambda data: data.map(lambda row: {"choices": "yes|no"}), "`choices`: 40 of 40 rows .* hold str"),
     ],
 )
 def test_rows_that_cannot_be_audited_fail_before_a_model_loads(change, message):
@@ -331,6 +332,7 @@ def test_a_little_mojibake_is_noted_and_plain_foreign_text_is_fine():
         ({"judges": [lambda *_: None]}, "name of its own"),
         ({"judges": [3]}, "name or a callable"),
         ({"by": "age"}, "column 'age'"),
+        ({"by": "completion"}, "column 'completion'"),
         ({"generation_config": {"num_beams": 3}}, "num_beams"),
         ({"checks": [lambda **_: None]}, "name of its own"),
     ],
@@ -339,6 +341,15 @@ def test_wrong_settings_fail_before_a_model_loads(settings, message, tmp_path):
     with pytest.raises((ValueError, TypeError), match=message):
         audit("no-such-model", rows(40), output_dir=tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
+
+
+def test_columns_that_cannot_be_used_fail_before_a_model_loads():
+    """Both were found when all answers had been drawn and scored, and "raised ValueError" was all that was said."""
+    people = rows(60).add_column("who", [f"person {n}" for n in range(60)])
+    with pytest.raises(ValueError, match="60 different values"):
+        audit("no-such-model", people, by="who")
+    with pytest.raises(ValueError, match=r"column `prompts` .* Rename it"):
+        audit("no-such-model", rows(40).add_column("prompts", ["x"] * 40), checks=[is_short])
 
 
 def test_scores_that_are_nan_are_named_and_kept_out_of_every_number(tiny_model_dir):
