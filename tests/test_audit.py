@@ -15,7 +15,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from hf_imitate.audits import run
-from hf_imitate.audits.audit_plan import make_plan, shares_of_error, weights_fingerprint
+from hf_imitate.audits.audit_plan import make_plan, shares_of_error, source_of, weights_fingerprint
 from hf_imitate.audits.evidence import check_dataset, collect_evidence, is_mojibake
 from hf_imitate.audits.evidence_cache import EvidenceCache
 from hf_imitate.audits.judge_family import audit_distinguishability
@@ -182,6 +182,53 @@ def test_a_judges_local_base_is_named_without_its_folders_and_two_of_one_name_ar
         assert "secret" not in one.text
     for name in ("lora", "surface", "lora:me/judge"):
         assert list(plan(name).values["judges"].values()) == [name]
+
+
+def test_an_audit_repeated_after_the_other_model_was_trained_further_reads_nothing_old(tiny_model_dir, tmp_path):
+    """The plan knew a folder by its name alone, so that the difference to what had lain there before was shown."""
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "other")
+    settings = {"judges": ["surface"], "against": str(folder), "progress": False}
+    settings["generation_config"] = {"max_new_tokens": 32}
+    before = audit(str(tiny_model_dir), rows(40), output_dir=tmp_path / "audit", **settings)
+    assert before["bits_per_answer_difference"].value == 0
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(2)
+    model.save_pretrained(folder)
+    after = audit(str(tiny_model_dir), rows(40), output_dir=tmp_path / "audit", **settings)
+    assert after["bits_per_answer_difference"].value != 0
+    assert after.plan_hash != before.plan_hash
+
+
+def test_another_template_role_or_base_is_another_plan(tiny_chat_model_dir, tmp_path):
+    imitator = Imitator.from_pretrained(tiny_chat_model_dir)
+    folder = shutil.copytree(tiny_chat_model_dir, tmp_path / "base")
+
+    def plan_hash():
+        settings = {"against": None, "checks": (), "law": ProcessedLaw(), "by": None, "confidence": 0.95, "seed": 0}
+        settings |= {"known": {}, "judges": run.named_judges([f"lora:{folder}"])}
+        return make_plan(imitator, imitator, rows(40), None, base=str(folder), **settings).hash
+
+    hashes = [plan_hash(), plan_hash()]
+    imitator.tokenizer.chat_template += " "
+    hashes.append(plan_hash())
+    imitator.renderer.completion_role = "user"
+    hashes.append(plan_hash())
+    (folder / "generation_config.json").write_text("{}")
+    hashes.append(plan_hash())
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes)) == 4
+
+
+def test_a_check_of_one_name_and_other_lines_is_another_one_where_it_chooses():
+    def passes(**columns):
+        return [True]
+
+    def fails(**columns):
+        return [False]
+
+    fails.__name__ = "passes"
+    assert source_of(passes) == source_of(passes) != source_of(fails)
 
 
 def test_the_plan_is_written_before_any_answer_is_read(tiny_model_dir, tmp_path, monkeypatch):
