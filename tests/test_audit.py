@@ -10,15 +10,17 @@ import latent_worlds as worlds
 import numpy as np
 import pytest
 import torch
+from audit_worlds import evidence_of_words
 from datasets import Dataset, load_dataset
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from hf_imitate.audits import run
+from hf_imitate.audits.audit_files import _write_scores
 from hf_imitate.audits.audit_plan import make_plan, shares_of_error, source_of, weights_fingerprint
 from hf_imitate.audits.evidence import check_dataset, collect_evidence, is_mojibake
 from hf_imitate.audits.evidence_cache import EvidenceCache
-from hf_imitate.audits.judge_family import audit_distinguishability
+from hf_imitate.audits.judge_family import JudgeFamily, audit_distinguishability
 from hf_imitate.audits.named_judges import make_judge
 from hf_imitate.audits.report import AuditReport
 from hf_imitate.audits.retrodiction import audit_retrodiction
@@ -125,6 +127,29 @@ def test_what_it_leaves_on_disk(audited):
     for name in ("audit.json", "audit.md", "plan.json", "scores.parquet"):
         content = (folder / name).read_bytes().decode("latin-1")
         assert not any(answer in content for answer in answers)
+
+
+def test_two_audits_into_one_folder_at_once_both_end(tmp_path, monkeypatch):
+    """The second one to end found that the first had renamed the file it was writing, hours after it began."""
+    evidence = evidence_of_words(60, seed=0)
+    arguments = (
+        tmp_path / "scores.parquet",
+        evidence,
+        JudgeFamily([], {}, {}, {}, {}),
+        split_questions(evidence.prompts),
+    )
+    write = Dataset.to_parquet
+
+    def meanwhile(dataset, path):
+        monkeypatch.setattr(Dataset, "to_parquet", write)
+        write(dataset, path)
+        with monkeypatch.context() as other_process:
+            other_process.setattr("os.getpid", lambda: 1)
+            _write_scores(*arguments)
+
+    monkeypatch.setattr(Dataset, "to_parquet", meanwhile)
+    _write_scores(*arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.parquet"]
 
 
 def test_a_killed_audit_goes_on_where_it_was(audited, tiny_model_dir, tmp_path, monkeypatch):
