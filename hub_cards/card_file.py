@@ -105,6 +105,7 @@ def read_facts(folder: str | Path, with_audit: bool = True) -> CardFacts:
         "objective": _part(stored, "objective", str, "not stated"),
         "check_names": _texts(stored, "checks"),
         "base_model": _part(stored, "base_model", str, None),
+        "completion_role": _part(stored, "completion_role", str, "assistant"),
     }
     if known["base_model"] is not None and _part(stored, "base_is_local", bool, False):
         known["base_model"] = _without_folders(f"./{known['base_model']}")
