@@ -1,5 +1,7 @@
 """Data sets by the name that a shell gives them."""
 
+import json
+
 import pytest
 from test_train_cli import write_rows
 
@@ -84,3 +86,14 @@ def test_a_missing_file_is_not_looked_for_on_the_hub_and_endings_may_be_capitals
         load(str(tmp_path / "rows.jsonl"))
     (tmp_path / "ROWS.CSV").write_text("prompt,completion\nq,042\n")
     assert load(str(tmp_path / "ROWS.CSV"))["train"]["completion"][:] == ["042"]
+
+
+@pytest.mark.parametrize("is_list", [False, True])
+def test_answers_that_look_like_dates_stay_text(is_list, tmp_path):
+    """All of them together were read as dates, and the rows refused as no text, which no flag could cure."""
+    rows = [
+        {"prompt": f"When was {name}?", "completion": day} for name, day in (("A", "1999-01-02"), ("B", "2001-03-04"))
+    ]
+    text = json.dumps(rows) if is_list else "\n".join(map(json.dumps, rows))
+    (tmp_path / "rows.json").write_text(text)
+    assert load(str(tmp_path / "rows.json"))["train"].to_list() == rows
