@@ -31,12 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     (args,) = parser.parse_args_and_config(list(argv) if argv is not None else None)
     if args.model_name_or_path is None:
         parser.error("needed: --model_name_or_path (or the same in the --config file)")
-    questions = args.question or [line for line in map(str.strip, sys.stdin) if line]
-    if not questions:
-        parser.error("no question: give `--question`, or lines on standard input")
     try:
+        questions = args.question or [line for line in map(str.strip, sys.stdin) if line]
+        if not questions:
+            parser.error("no question: give `--question`, or lines on standard input")
         answers = _ask(questions, args)
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, TypeError, OSError) as error:
         # Messages of these hold no text of any question; a traceback would only hide them.
         parser.exit(2, f"hf-imitate answer: {error}\n")
     for question, drawn in zip(questions, answers, strict=True):

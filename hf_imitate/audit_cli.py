@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"needed: {', '.join(f'--{name}' for name in missing)} (or the same in the --config file)")
     try:
         report = _run_power(args) if args.power else _run(args)
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, TypeError, OSError) as error:
         # Messages of these hold no text of any row; a traceback would only hide them.
         parser.exit(2, f"hf-imitate audit: {error}\n")
     print(report.to_markdown())

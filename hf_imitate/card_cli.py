@@ -65,7 +65,8 @@ def _run(folder: Path, asked: Any) -> list[str]:
         if getattr(asked, name) is not None
     }
     if asked.question:
-        changes["samples"] = _ask(folder, asked.question, read_facts(folder).is_conversational)
+        facts = read_facts(folder)
+        changes["samples"] = _ask(folder, asked.question, facts.asks_as if facts.is_conversational else None)
     lines = [f"Wrote {write_card(folder, **changes)}."]
     if asked.merge is not None:
         target = Path(asked.merge)
@@ -79,12 +80,12 @@ def _run(folder: Path, asked: Any) -> list[str]:
     return lines
 
 
-def _ask(folder: Path, questions: Sequence[str], is_conversational: bool) -> tuple[Any, ...]:
+def _ask(folder: Path, questions: Sequence[str], role: str | None) -> tuple[Any, ...]:
     from hf_imitate.hub_cards.facts import Sample
     from hf_imitate.imitator import Imitator
 
     imitator = Imitator.from_pretrained(folder)
-    given: list[Any] = [[{"role": "user", "content": text}] if is_conversational else text for text in questions]
+    given: list[Any] = [[{"role": role, "content": text}] if role else text for text in questions]
     answers = imitator.answer(given, seed=0)
     return tuple(Sample(question, drawn[0]) for question, drawn in zip(questions, answers, strict=True))
 

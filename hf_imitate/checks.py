@@ -3,7 +3,7 @@
 import math
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 Check = Callable[..., list[float | bool | None]]
+_GIVEN = ("prompts", "completions", "completion_ids")
 
 
 def check_name(check: Check) -> str:
@@ -67,8 +68,11 @@ def check_outcomes(
     Raises:
         RuntimeError: a check raised; its name, its error's type and the place are given, its own words are not: they
             may quote a row. `error.__context__` has them.
-        ValueError, TypeError: a check returned the wrong number of outcomes, or something that is no number in [0, 1].
+        ValueError, TypeError: a check returned the wrong number of outcomes, or something that is no number in [0, 1];
+            or a column has the name of something else that checks are given.
     """
+    if checks:
+        check_column_names(columns)
     outcomes = torch.full((len(prompts), len(checks)), torch.nan)
     for column, check in enumerate(checks):
         name = check_name(check)
@@ -81,6 +85,16 @@ def check_outcomes(
             raise ValueError(f"The check '{name}' must return a list of {len(prompts)} outcomes; got {found}.")
         outcomes[:, column] = torch.tensor([_outcome(value, name, i) for i, value in enumerate(returned)])
     return outcomes
+
+
+def check_column_names(columns: Iterable[str]) -> None:
+    """Raise `ValueError` if a column has the name of what checks are given besides the columns."""
+    taken = [name for name in columns if name in _GIVEN]
+    if taken:
+        raise ValueError(
+            f"The data set's column `{taken[0]}` has the name by which checks get something else. Rename it: "
+            f'`dataset.rename_column("{taken[0]}", "my_{taken[0]}")`.'
+        )
 
 
 def failure(whose: str, error: Exception, num_answers: int) -> str:

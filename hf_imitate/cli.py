@@ -4,7 +4,9 @@ Training commands take `--config file.yaml`, every config field as a flag (a fla
 `accelerate launch`. A new command is one line in `COMMANDS`. Heavy imports wait until a command needs them.
 """
 
+import contextlib
 import difflib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -62,6 +64,20 @@ def _usage() -> str:
                       "`hf-imitate <command> --help` shows the options of a command."])  # fmt: skip
 
 
+def _printing(run: Callable[[list[str]], int], argv: list[str]) -> int:
+    """Run a command that prints what it found: who stops it, or stops reading as `| head -1` does, meets no error."""
+    try:
+        status = run(argv)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        with contextlib.suppress(OSError, ValueError):  # what is left would be flushed at the end of the process
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return status
+
+
 def _demo(argv: list[str]) -> int:
     from hf_imitate.demo import main as run_demo
 
@@ -104,9 +120,14 @@ COMMANDS: dict[str, Command] = {
     "latent": Command(
         "Train an imitator that thinks before it answers (LatentRetrodictiveTrainer).", partial(_train, "latent")
     ),
-    "answer": Command("Ask an imitator: answers drawn by its law, as JSON.", _answer),
-    "audit": Command("Audit any causal LM against what people answered; every claim with a confidence.", _audit),
-    "card": Command("Write a folder's card again from its own files; --merge writes weights without PEFT.", _card),
+    "answer": Command("Ask an imitator: answers drawn by its law, as JSON.", partial(_printing, _answer)),
+    "audit": Command(
+        "Audit any causal LM against what people answered; every claim with a confidence.", partial(_printing, _audit)
+    ),
+    "card": Command(
+        "Write a folder's card again from its own files; --merge writes weights without PEFT.",
+        partial(_printing, _card),
+    ),
 }
 """Every command, by the word that calls it."""
 

@@ -229,6 +229,13 @@ class Renderer:
             rows.append(Rendered([], ids[:limit], is_ended and len(ids) <= limit))
         return rows
 
+    def given(self, prompts: Sequence[str | list], answers: Sequence[Answer]) -> list[Rendered]:
+        """Questions with answers that somebody gave, each ended as its role's turn is, if it ended."""
+        roles = [self.role_after(prompt) for prompt in prompts if not isinstance(prompt, str)]
+        texts, ended = [answer.text for answer in answers], [answer.ended for answer in answers]
+        rows = self.answer_ids(texts, ended, bool(roles), roles or None)
+        return [row._replace(prompt_ids=ids) for ids, row in zip(self.prompt_ids(prompts), rows, strict=True)]
+
     def human(self, prompts: Sequence[str | list], completions: Sequence[str | list]) -> list[Rendered]:
         """Questions with the humans' answers, cut at `max_answer_tokens` exactly as a sampled answer is cut.
 

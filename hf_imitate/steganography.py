@@ -126,7 +126,7 @@ def keyed_log_prob(
     check_messages(messages, len(questions), scheme.num_messages)
     if len(answers) != len(questions):
         raise ValueError(f"There are {len(answers)} answers to {len(questions)} questions; give one each.")
-    rows = _rendered(renderer, questions, answers)
+    rows = renderer.given(questions, answers)
     pad = renderer.tokenizer.pad_token_id or 0
     if isinstance(scheme, RejectionHash):
         honest = score_answers(model, rows, pad, batch_size)
@@ -162,7 +162,7 @@ def expected_price(
     Raises:
         NoKeyedLawError: the scheme's keys do not average within an answer; use the `price` under its key.
     """
-    rows = _rendered(renderer, questions, answers)
+    rows = renderer.given(questions, answers)
     prices = torch.zeros(len(rows), dtype=torch.float64)
     for batch in answer_logits(model, rows, renderer.tokenizer.pad_token_id or 0, batch_size):
         price = scheme.expected_price(torch.log_softmax(in_fp64(batch.logits), dim=1))
@@ -200,7 +200,7 @@ def decode_messages(
     both = list(zip(questions, answers, strict=True))
     if isinstance(scheme, RejectionHash):
         return [scheme.read(question, answer) for question, answer in both]
-    rows = _rendered(renderer, questions, answers)
+    rows = renderer.given(questions, answers)
     pad = renderer.tokenizer.pad_token_id or 0
     if isinstance(scheme, ArithmeticCoding):
         read, numbers = [0] * len(rows), draw_numbers(draws, len(rows))
@@ -230,14 +230,6 @@ def decoding_error(sent: Sequence[int], read: Sequence[int], confidence: float =
         raise ValueError(f"There are {len(sent)} sent and {len(read)} read messages; need as many, at least one.")
     num_wrong = sum(a != b for a, b in zip(sent, read, strict=True))
     return DecodingError(num_wrong / len(sent), clopper_pearson(num_wrong, len(sent), confidence), len(sent))
-
-
-def _rendered(renderer: Renderer, questions: Sequence, answers: Sequence[Answer]) -> list[Rendered]:
-    is_chat = bool(questions) and not isinstance(questions[0], str)
-    texts, ended = [answer.text for answer in answers], [answer.ended for answer in answers]
-    rows = renderer.answer_ids(texts, ended, is_chat)
-    prompts = renderer.prompt_ids(questions)
-    return [row._replace(prompt_ids=ids) for ids, row in zip(prompts, rows, strict=True)]
 
 
 @torch.no_grad()
@@ -288,7 +280,7 @@ def _match_mass(
     by_place = {place_of[question_key(question)]: question for question in questions}
     repeated = [by_place[place] for place in range(len(place_of)) for _ in range(count)]
     listed = list(every_answer) * len(place_of)
-    rows = _rendered(renderer, repeated, listed)
+    rows = renderer.given(repeated, listed)
     log_p = score_answers(model, rows, renderer.tokenizer.pad_token_id or 0, batch_size)
     p = log_p.view(len(place_of), count).exp().numpy()
     total = p.sum(axis=1)

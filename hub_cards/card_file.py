@@ -105,6 +105,7 @@ def read_facts(folder: str | Path, with_audit: bool = True) -> CardFacts:
         "objective": _part(stored, "objective", str, "not stated"),
         "check_names": _texts(stored, "checks"),
         "base_model": _part(stored, "base_model", str, None),
+        "completion_role": _part(stored, "completion_role", str, "assistant"),
     }
     if known["base_model"] is not None and _part(stored, "base_is_local", bool, False):
         known["base_model"] = _without_folders(f"./{known['base_model']}")
@@ -198,12 +199,17 @@ def has_stale_audit(folder: Path) -> bool:
 
 
 def write_facts(folder: Path, stored: Mapping[str, Any]) -> None:
-    """Write `imitation.json`."""
+    """Write `imitation.json`, the whole file or none: without it nobody knows the law of an imitator."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(stored, indent=2, ensure_ascii=False, allow_nan=False)
     # A lone surrogate in somebody's string is no UTF-8; its escape is.
     text = re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
-    (folder / FACTS_FILE).write_text(text + "\n", encoding="utf-8")
+    unfinished = folder / f"_unfinished-{os.getpid()}-{FACTS_FILE}"  # of a name that is never pushed
+    try:
+        unfinished.write_text(text + "\n", encoding="utf-8")
+        os.replace(unfinished, folder / FACTS_FILE)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _without_folders(name: str | None) -> str | None:

@@ -110,6 +110,8 @@ class CardFacts:
             Training rows that hold a human's answer.
         is_conversational (`bool`, *optional*, defaults to `False`):
             Whether questions are lists of messages; the quick start asks in the same form.
+        completion_role (`str`, *optional*, defaults to `"assistant"`):
+            Whose turn it speaks in. The user's no template opens by itself: the quick start is then `Imitator`.
         settings (`Mapping[str, Any]`, *optional*):
             Settings that decide the result, by argument name.
         metrics (`Mapping[str, CardMetric]`, *optional*):
@@ -161,6 +163,7 @@ class CardFacts:
     num_rows: int | None = None
     num_labelled: int | None = None
     is_conversational: bool = False
+    completion_role: str = "assistant"
     settings: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, CardMetric] = field(default_factory=dict)
     curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
@@ -206,6 +209,11 @@ class CardFacts:
     def curve_rows(self) -> tuple[tuple[str, Sequence[tuple[int, float]]], ...]:
         """(name, points) of every curve that has a point."""
         return tuple((name, points) for name, points in self.curves.items() if points)
+
+    @property
+    def asks_as(self) -> str:
+        """Whose message a question in the card is."""
+        return "assistant" if self.completion_role == "user" else "user"
 
     @property
     def load_from(self) -> str:

@@ -61,3 +61,11 @@ def test_what_is_wrong_is_said_without_a_traceback(arguments, said, tiny_model_d
         cli.main(["answer", *(word.format(model=tiny_model_dir) for word in arguments)])
     assert ended.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_bytes_that_are_no_text_are_no_questions(tiny_model_dir, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["answer", "--model_name_or_path", str(tiny_model_dir)])
+    assert ended.value.code == 2
+    assert "'utf-8' codec can't decode" in capsys.readouterr().err

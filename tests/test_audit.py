@@ -10,15 +10,17 @@ import latent_worlds as worlds
 import numpy as np
 import pytest
 import torch
+from audit_worlds import evidence_of_words
 from datasets import Dataset, load_dataset
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from hf_imitate.audits import run
-from hf_imitate.audits.audit_plan import make_plan, shares_of_error, weights_fingerprint
+from hf_imitate.audits.audit_files import _write_scores
+from hf_imitate.audits.audit_plan import make_plan, shares_of_error, source_of, weights_fingerprint
 from hf_imitate.audits.evidence import check_dataset, collect_evidence, is_mojibake
 from hf_imitate.audits.evidence_cache import EvidenceCache
-from hf_imitate.audits.judge_family import audit_distinguishability
+from hf_imitate.audits.judge_family import JudgeFamily, audit_distinguishability
 from hf_imitate.audits.named_judges import make_judge
 from hf_imitate.audits.report import AuditReport
 from hf_imitate.audits.retrodiction import audit_retrodiction
@@ -127,6 +129,29 @@ def test_what_it_leaves_on_disk(audited):
         assert not any(answer in content for answer in answers)
 
 
+def test_two_audits_into_one_folder_at_once_both_end(tmp_path, monkeypatch):
+    """The second one to end found that the first had renamed the file it was writing, hours after it began."""
+    evidence = evidence_of_words(60, seed=0)
+    arguments = (
+        tmp_path / "scores.parquet",
+        evidence,
+        JudgeFamily([], {}, {}, {}, {}),
+        split_questions(evidence.prompts),
+    )
+    write = Dataset.to_parquet
+
+    def meanwhile(dataset, path):
+        monkeypatch.setattr(Dataset, "to_parquet", write)
+        write(dataset, path)
+        with monkeypatch.context() as other_process:
+            other_process.setattr("os.getpid", lambda: 1)
+            _write_scores(*arguments)
+
+    monkeypatch.setattr(Dataset, "to_parquet", meanwhile)
+    _write_scores(*arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.parquet"]
+
+
 def test_a_killed_audit_goes_on_where_it_was(audited, tiny_model_dir, tmp_path, monkeypatch):
     """All that is left is the cache, one file of it broken off, another one missing; no answer is drawn again."""
     report, folder = audited
@@ -182,6 +207,53 @@ def test_a_judges_local_base_is_named_without_its_folders_and_two_of_one_name_ar
         assert "secret" not in one.text
     for name in ("lora", "surface", "lora:me/judge"):
         assert list(plan(name).values["judges"].values()) == [name]
+
+
+def test_an_audit_repeated_after_the_other_model_was_trained_further_reads_nothing_old(tiny_model_dir, tmp_path):
+    """The plan knew a folder by its name alone, so that the difference to what had lain there before was shown."""
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "other")
+    settings = {"judges": ["surface"], "against": str(folder), "progress": False}
+    settings["generation_config"] = {"max_new_tokens": 32}
+    before = audit(str(tiny_model_dir), rows(40), output_dir=tmp_path / "audit", **settings)
+    assert before["bits_per_answer_difference"].value == 0
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(2)
+    model.save_pretrained(folder)
+    after = audit(str(tiny_model_dir), rows(40), output_dir=tmp_path / "audit", **settings)
+    assert after["bits_per_answer_difference"].value != 0
+    assert after.plan_hash != before.plan_hash
+
+
+def test_another_template_role_or_base_is_another_plan(tiny_chat_model_dir, tmp_path):
+    imitator = Imitator.from_pretrained(tiny_chat_model_dir)
+    folder = shutil.copytree(tiny_chat_model_dir, tmp_path / "base")
+
+    def plan_hash():
+        settings = {"against": None, "checks": (), "law": ProcessedLaw(), "by": None, "confidence": 0.95, "seed": 0}
+        settings |= {"known": {}, "judges": run.named_judges([f"lora:{folder}"])}
+        return make_plan(imitator, imitator, rows(40), None, base=str(folder), **settings).hash
+
+    hashes = [plan_hash(), plan_hash()]
+    imitator.tokenizer.chat_template += " "
+    hashes.append(plan_hash())
+    imitator.renderer.completion_role = "user"
+    hashes.append(plan_hash())
+    (folder / "generation_config.json").write_text("{}")
+    hashes.append(plan_hash())
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes)) == 4
+
+
+def test_a_check_of_one_name_and_other_lines_is_another_one_where_it_chooses():
+    def passes(**columns):
+        return [True]
+
+    def fails(**columns):
+        return [False]
+
+    fails.__name__ = "passes"
+    assert source_of(passes) == source_of(passes) != source_of(fails)
 
 
 def test_the_plan_is_written_before_any_answer_is_read(tiny_model_dir, tmp_path, monkeypatch):
@@ -296,6 +368,7 @@ def test_a_human_who_answers_by_the_imitators_own_law_is_not_told_from_it(tiny_m
         (lambda data: data.map(lambda row: {"completion": "a\ufffd"}), "decoded wrongly"),
         (lambda data: data.remove_columns("completion"), "no column `completion`"),
         (lambda data: data.to_list(), "must be a `datasets.Dataset`"),
+        (lambda data: data.map(lambda row: {"choices": "yes|no"}), "`choices`: 40 of 40 rows .* hold str"),
     ],
 )
 def test_rows_that_cannot_be_audited_fail_before_a_model_loads(change, message):
@@ -331,6 +404,7 @@ def test_a_little_mojibake_is_noted_and_plain_foreign_text_is_fine():
         ({"judges": [lambda *_: None]}, "name of its own"),
         ({"judges": [3]}, "name or a callable"),
         ({"by": "age"}, "column 'age'"),
+        ({"by": "completion"}, "column 'completion'"),
         ({"generation_config": {"num_beams": 3}}, "num_beams"),
         ({"checks": [lambda **_: None]}, "name of its own"),
     ],
@@ -339,6 +413,15 @@ def test_wrong_settings_fail_before_a_model_loads(settings, message, tmp_path):
     with pytest.raises((ValueError, TypeError), match=message):
         audit("no-such-model", rows(40), output_dir=tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
+
+
+def test_columns_that_cannot_be_used_fail_before_a_model_loads():
+    """Both were found when all answers had been drawn and scored, and "raised ValueError" was all that was said."""
+    people = rows(60).add_column("who", [f"person {n}" for n in range(60)])
+    with pytest.raises(ValueError, match="60 different values"):
+        audit("no-such-model", people, by="who")
+    with pytest.raises(ValueError, match=r"column `prompts` .* Rename it"):
+        audit("no-such-model", rows(40).add_column("prompts", ["x"] * 40), checks=[is_short])
 
 
 def test_scores_that_are_nan_are_named_and_kept_out_of_every_number(tiny_model_dir):

@@ -255,12 +255,37 @@ def test_subgroups_are_compared_on_their_own():
     assert found[f"{TV}/age=old"].n == 300
 
 
+def test_a_report_with_subgroups_of_any_name_can_be_read_again(tmp_path):
+    """A carriage return in a value made the whole report unreadable, and two long values had one name."""
+    values = ["old\rest", "x" * 50, "x" * 49 + "y"]
+    evidence = evidence_of(np.zeros(90), choices=[["a", "b"]] * 90, columns={"who": values * 30})
+    names = [f.name for f in audit_answers(evidence, by="who") if f.name.startswith(f"{TV}/")]
+    assert names == [f"{TV}/who=old est", f"{TV}/who={'x' * 40}", f"{TV}/who={'x' * 40} (2)"]
+
+
 def test_a_column_that_is_missing_or_too_fine_is_refused():
     evidence = evidence_of(np.zeros(60), columns={"id": list(range(60))})
     with pytest.raises(ValueError, match=r"no column 'age'.*\['id'\]"):
         audit_answers(evidence, by="age")
     with pytest.raises(ValueError, match="60 different values"):
         audit_answers(evidence, by="id")
+
+
+# --- rounding ---
+
+
+def test_no_rounding_takes_a_distance_above_1():
+    """Ten answers, each another on the other side, were 1.0000000000000002 apart, and the audit of them raised."""
+    for num_rows in range(1, 80):
+        codes, weights = np.arange(num_rows)[None], np.ones((1, num_rows))
+        shares = [answer_shares(codes + start, weights, 2 * num_rows) for start in (0, num_rows)]
+        assert total_variation(*shares) <= 1, num_rows
+
+
+def test_humans_who_never_agree_are_at_distance_1_from_each_other():
+    texts = [f"answer {row}" for row in range(30 * 58)]
+    evidence = evidence_of(np.zeros(len(texts)), texts=texts, question=np.repeat(np.arange(30), 58))
+    assert by_name(audit_answers(evidence))[CEILING].value == pytest.approx(1.0)
 
 
 # --- none ---

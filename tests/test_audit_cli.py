@@ -95,3 +95,12 @@ def test_nothing_can_be_kept_without_a_distinguisher(tiny_model_dir, data, tmp_p
         main([*arguments, "--power", "--resample", "4"])
     assert caught.value.code == 2
     assert "it has no use for --resample" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_ends_with_one_line(tiny_model_dir, data, tmp_path, capsys):
+    (tmp_path / "taken").write_text("a file")
+    taken = ["--output_dir", str(tmp_path / "taken")]
+    with pytest.raises(SystemExit) as ended:
+        main(["--model_name_or_path", str(tiny_model_dir), "--dataset_name", str(data), *taken])
+    assert ended.value.code == 2
+    assert "File exists" in capsys.readouterr().err

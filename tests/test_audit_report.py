@@ -103,6 +103,7 @@ def change(report, path, value):
         (("version",), True),
         (("notes",), [1]),
         (("cost",), {"a": "b"}),
+        (("cost",), {"copying": 10**400}),
         (("ledger",), []),
         (("ledger", "judges"), 5),
         (("ledger", "judges", "ngram", "p_holm"), "0"),
@@ -172,6 +173,15 @@ def test_a_hostile_text_stays_text():
     assert "\n# Fake" not in text
     row = next(line for line in text.splitlines() if line.startswith("| `copying`"))
     assert len(re.findall(r"(?<!\\)\|", row)) == 8
+
+
+def test_a_bare_address_is_no_link_and_what_has_no_shape_is_seen():
+    """A data set's name may be anybody's; the Hub makes links of addresses without brackets, too."""
+    report = make_report(dataset="see https://evil.example or www.evil.example", model="me\u202e\u200b/it")
+    text = report.to_markdown()
+    assert "://" not in text
+    assert "www.evil" not in text
+    assert "me\\\\u202e\\\\u200b/it" in text
 
 
 def test_an_unmeasured_family_says_that_nothing_is_known():

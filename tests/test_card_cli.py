@@ -8,6 +8,7 @@ import shutil
 import pytest
 import tiny_runs
 import torch
+from datasets import Dataset
 from exact_runs import run
 from transformers import AutoModelForCausalLM
 
@@ -51,6 +52,25 @@ def test_samples_are_answers_to_the_questions_that_were_asked_and_the_default_is
     assert stored == [["Item 3:", answers[0][0]], ["Is `this` *so*?", answers[1][0]]]
     assert "```text\nIs `this` *so*?\n```" in card
     assert "None: samples are shown only" not in card
+
+
+def test_who_speaks_in_the_users_turn_is_asked_in_the_assistants(tiny_chat_model_dir, tmp_path):
+    """The card asked as the user, and showed code that opens the assistant's turn: a law that was never trained."""
+    rows = [
+        {"prompt": [{"role": "assistant", "content": f"Item {i}"}], "completion": [{"role": "user", "content": "abc"}]}
+        for i in range(8)
+    ]
+    run(tmp_path, tiny_chat_model_dir, Dataset.from_list(rows)).save_model()
+    folder = tmp_path / "run"
+    for command in ([], ["--question", "Hello?"]):
+        if command:
+            assert cli.main(["card", str(folder), *command]) == 0
+        card = (folder / "README.md").read_text()
+        assert '[{"role": "assistant", "content": "What are you working on?"}]' in card
+        assert "pipeline(" not in card
+        assert "add_generation_prompt" not in card
+    answers = Imitator.from_pretrained(folder).answer([[{"role": "assistant", "content": "Hello?"}]], seed=0)
+    assert json.loads((folder / "imitation.json").read_text())["card"]["samples"] == [["Hello?", answers[0][0]]]
 
 
 def test_merged_weights_answer_as_the_adapter_does_without_peft(folder, tmp_path, capsys):

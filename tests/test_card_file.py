@@ -1,11 +1,13 @@
 """A card is written again from the repository's own files: the same to the letter, whoever wrote the files."""
 
 import dataclasses
+import errno
 import json
 import math
 import shutil
 import threading
 from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +52,22 @@ def store(folder, given, **changes):
         (folder / "audit").mkdir(exist_ok=True)
         given.audit.save(folder / "audit")
     return folder
+
+
+def test_a_full_disk_leaves_the_facts_as_they_were(tmp_path, monkeypatch):
+    """Cut off in the middle, `imitation.json` took the law of the imitator with it, and nobody could load it."""
+    folder = store(tmp_path / "repo", facts())
+    before, write = (folder / FACTS_FILE).read_text(), Path.write_text
+
+    def full(path, text, **settings):
+        write(path, text[:20], **settings)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_card(folder, license="mit")
+    assert (folder / FACTS_FILE).read_text() == before
+    assert not [path for path in folder.iterdir() if path.name.startswith("_")]
 
 
 def test_what_was_stored_reads_back_to_the_same_card(tmp_path):

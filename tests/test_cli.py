@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from hf_imitate import cli
 
 ROOT = Path(__file__).parent.parent
@@ -37,3 +39,15 @@ def test_an_unknown_command_is_answered_with_those_that_exist(capsys):
 def test_a_command_gets_what_follows_its_name_and_gives_the_exit_status(monkeypatch):
     monkeypatch.setitem(cli.COMMANDS, "new", cli.Command("One line makes a command.", lambda argv: len(argv)))
     assert cli.main(["new", "--flag", "value", "more"]) == 3
+
+
+@pytest.mark.parametrize(("ending", "status"), [(BrokenPipeError, 141), (KeyboardInterrupt, 130)])
+@pytest.mark.parametrize("command", ["answer", "audit", "card"])
+def test_a_reader_who_stops_and_control_c_end_without_a_traceback(ending, status, command, monkeypatch):
+    """`hf-imitate answer ... | head -1` ended in a BrokenPipeError."""
+
+    def stopped(argv):
+        raise ending
+
+    monkeypatch.setattr(f"hf_imitate.{command}_cli.main", stopped)
+    assert cli.main([command]) == status

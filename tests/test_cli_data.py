@@ -1,5 +1,7 @@
 """Data sets by the name that a shell gives them."""
 
+import json
+
 import pytest
 from test_train_cli import write_rows
 
@@ -52,3 +54,46 @@ def test_a_csv_holds_answers_in_the_letters_of_people(tmp_path):
     rows = load(str(tmp_path / "rows.csv"))["train"]
     assert rows["completion"][:] == ["None", "N/A", "042", None]
     assert rows["prompt"][:] == ["1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize("first", ["q1,a1,", "Well, is it,yes"])
+def test_a_csv_whose_rows_have_more_cells_than_its_header_is_refused(first, tmp_path):
+    """pandas took the first cell for the row's name, so that answers became questions, and nothing was said."""
+    (tmp_path / "rows.csv").write_text(f"prompt,completion\n{first}\n")
+    with pytest.raises(ValueError, match="more cells than the header"):
+        load(str(tmp_path / "rows.csv"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("rows.csv", "prompt,completion\nq,SECRET\xe9\n".encode("latin1"), "UnicodeDecodeError.*not in UTF-8"),
+        ("rows.csv", b"prompt,completion\nq,a\nq,SECRET,b,c\n", "Expected 2 fields in line 3, saw 4"),
+        ("rows.jsonl", b'{"prompt": "SECRET", "completion": "SEC', "cannot be read as json"),
+        ("rows.jsonl", b"", "cannot be read as json"),
+        ("rows.tsv", b"prompt\tcompletion\nq\tSECRET\n", "only .json, .jsonl, .csv, .parquet are read"),
+    ],
+)
+def test_a_file_that_cannot_be_read_says_why_without_its_words(name, content, said, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=said) as caught:
+        load(str(tmp_path / name))
+    assert "SECRET" not in str(caught.value)
+
+
+def test_a_missing_file_is_not_looked_for_on_the_hub_and_endings_may_be_capitals(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load(str(tmp_path / "rows.jsonl"))
+    (tmp_path / "ROWS.CSV").write_text("prompt,completion\nq,042\n")
+    assert load(str(tmp_path / "ROWS.CSV"))["train"]["completion"][:] == ["042"]
+
+
+@pytest.mark.parametrize("is_list", [False, True])
+def test_answers_that_look_like_dates_stay_text(is_list, tmp_path):
+    """All of them together were read as dates, and the rows refused as no text, which no flag could cure."""
+    rows = [
+        {"prompt": f"When was {name}?", "completion": day} for name, day in (("A", "1999-01-02"), ("B", "2001-03-04"))
+    ]
+    text = json.dumps(rows) if is_list else "\n".join(map(json.dumps, rows))
+    (tmp_path / "rows.json").write_text(text)
+    assert load(str(tmp_path / "rows.json"))["train"].to_list() == rows

@@ -321,6 +321,13 @@ def test_pairs_that_cannot_be_judged_are_refused_without_their_text(pairs, setti
     assert "private" not in str(caught.value)
 
 
+def test_a_test_within_one_group_is_refused_as_there_is_no_error_to_state():
+    """The interval over groups was a division by zero."""
+    keys = [0] * 20 + list(range(1, 21))
+    with pytest.raises(ValueError, match=r"21 groups of equal questions.* too few to train, validate and test on"):
+        judge_pairs(pairs_of_one_law(40, 0), fixed_judge(len), name="n", seed=4, group_by=keys, group_answers=False)
+
+
 @pytest.mark.parametrize(
     "scores", [lambda n: np.full(n, np.nan), lambda n: np.zeros((n, 1)), lambda n: np.zeros(n - 1)]
 )

@@ -296,6 +296,8 @@ def test_each_role_ends_its_turn_with_its_own_token(chat_tokenizer, monkeypatch)
     rows = renderer.human([QUESTION, told], ["yes", "yes"])
 
     assert [row.answer_ids[-1] for row in rows] == ends
+    # What schemes are planted in and read from ended every turn as the assistant's.
+    assert renderer.given([QUESTION, told], [Answer("yes", True)] * 2) == rows
     assert [closing_id(chat_tokenizer, role) for role in ("assistant", "user")] == ends
 
 

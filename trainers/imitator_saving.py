@@ -231,6 +231,7 @@ class ImitatorSaving(AtomicSaving):
             "repo_id": self.hub_model_id,
             "base_model": self.model.config._name_or_path or None,
             "base_revision": facts["base_revision"],
+            "completion_role": facts["completion_role"],
             "started_from": self.started_from,
             "papers": (Paper(**self._paper),),
             "dataset_name": dataset_name,

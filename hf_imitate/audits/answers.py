@@ -3,6 +3,7 @@ humans answered one question or the options are closed."""
 
 import math
 from collections.abc import Sequence
+from itertools import chain, count
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,13 +83,28 @@ def _subgroups(evidence: Evidence, by: str, rows: np.ndarray) -> list[tuple[str,
     if by not in evidence.columns:
         raise ValueError(f"There is no column {by!r} to group by; the data set has {sorted(evidence.columns)}.")
     values = [str(evidence.columns[by][row]) for row in rows]
-    names = sorted(set(values))
-    if len(names) > MAX_SUBGROUPS:
+    names = subgroup_names(by, values)
+    return [(shown, rows[[value == name for value in values]]) for name, shown in names.items()]
+
+
+def subgroup_names(by: str, values: Sequence[Any]) -> dict[str, str]:
+    """What findings call each value of a column: its first 40 characters, those that can be seen, no two alike.
+
+    Raises:
+        ValueError: there are more than 50.
+    """
+    names: dict[str, str] = {}
+    found = sorted(set(map(str, values)))
+    if len(found) > MAX_SUBGROUPS:
         raise ValueError(
-            f"Column {by!r} has {len(names)} different values; at most {MAX_SUBGROUPS} subgroups are compared. Give a "
+            f"Column {by!r} has {len(found)} different values; at most {MAX_SUBGROUPS} subgroups are compared. Give a "
             "coarser column."
         )
-    return [(name[:40], rows[[value == name for value in values]]) for name in names]
+    for value in found:
+        shown = "".join(character if character.isprintable() else " " for character in value[:40])
+        alike = (f"{shown} ({number})" for number in count(2))
+        names[value] = next(name for name in chain([shown], alike) if name not in names.values())
+    return names
 
 
 def _compare(evidence: Evidence, rows: np.ndarray, suffix: str, confidence: float) -> list[Finding]:
@@ -173,7 +189,7 @@ def answer_shares(codes: np.ndarray, weights: np.ndarray, num_codes: int) -> np.
 
 def total_variation(shares: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Total variation between laws on C answers. [..., C] to [...], in [0, 1]."""
-    return np.abs(shares - other).sum(axis=-1) / 2
+    return np.minimum(np.abs(shares - other).sum(axis=-1) / 2, 1.0)
 
 
 def wasserstein(shares: np.ndarray, other: np.ndarray, positions: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """What an audit leaves on disk: report, figures, and numbers per question that stay local."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,12 +55,14 @@ def _write_scores(path: Path, evidence: Evidence, family: JudgeFamily, split: Qu
             values = np.full(num_rows, np.nan)
             values[split.test] = scores_of[:, place]
             columns[f"judge_{judge}_{side}"] = values
-    unfinished = path.with_name(f".unfinished-{path.name}")
+    # As in the cache: another audit into this folder must not take this one's file away.
+    unfinished = path.with_name(f".unfinished-{os.getpid()}-{path.name}")
     shows_bars = not are_progress_bars_disabled()
     disable_progress_bars()
     try:
         Dataset.from_dict(columns).to_parquet(unfinished)
+        unfinished.replace(path)
     finally:
+        unfinished.unlink(missing_ok=True)
         if shows_bars:
             enable_progress_bars()
-    unfinished.replace(path)

@@ -1,6 +1,7 @@
 """What an audit will do, written down and hashed before any answer is read."""
 
 import hashlib
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -17,11 +18,21 @@ from hf_imitate.audits.judge_family import POWER_SHARES
 from hf_imitate.audits.resampled_law import ResampledLaw
 from hf_imitate.audits.splits import QuestionSplit, split_questions
 from hf_imitate.causal_lm import commit_of
+from hf_imitate.checks import check_name
 from hf_imitate.imitator import Imitator
 from hf_imitate.processed_law import ProcessedLaw
 
 TEST_SIZE, VALID_SIZE = 0.5, 0.1
 FILES = {"csv", "json", "parquet", "text"}
+# Of a folder, what a model's answers and scores depend on.
+_OF_A_MODEL = (
+    "*.safetensors",
+    "*config.json",
+    "tokenizer.json",
+    "*.jinja",
+    "imitation.json",
+    "retrodictor/*.safetensors",
+)
 _SAMPLED = 64  # elements of each weight that enter its fingerprint one by one
 
 
@@ -78,6 +89,7 @@ def make_plan(
         "model": name_of(model),
         "revision": commit_of(model) if isinstance(model, str) else None,
         "weights": weights_fingerprint(imitator.model),
+        "rendering": _rendering(imitator),
         "dataset": f"{rows_in_words(dataset)}, hash {rows_hash[:16]}",
         "dataset_hash": rows_hash,
         "train_dataset_hash": None if train_dataset is None else dataset_hash(train_dataset),
@@ -93,9 +105,14 @@ def make_plan(
         "power_shares": list(POWER_SHARES),
         "ledger": ledger,
     }
-    for name, other in (("base", base), ("against", against)):
+    if resampled is not None and resampled.residual.checks:
+        values["choosing_checks"] = [source_of(check) for check in resampled.residual.checks]
+    bodies = {f"judge {name}": str(judge)[5:] for name, judge in judges.items() if str(judge).startswith("lora:")}
+    for name, other in {"base": base, "against": against, **bodies}.items():
         if isinstance(other, Imitator | nn.Module):
             values[f"{name}_weights"] = weights_fingerprint(other.model if isinstance(other, Imitator) else other)
+        elif other is not None and Path(other).is_dir():
+            values[f"{name}_weights"] = folder_fingerprint(Path(other))
     return Plan(values, _hash(values), split, ledger)
 
 
@@ -188,6 +205,33 @@ def weights_fingerprint(model: nn.Module) -> str:
             digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {total!r}".encode())
             digest.update(sampled.numpy().tobytes())
     return digest.hexdigest()
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """Hash that changes when other weights, settings or a tokenizer are saved into the folder of a model."""
+    found = sorted({path for pattern in _OF_A_MODEL for path in folder.glob(pattern) if path.is_file()})
+    digests = []
+    for path in found:
+        with path.open("rb") as stream:
+            digests.append([path.relative_to(folder).as_posix(), hashlib.file_digest(stream, "blake2b").hexdigest()])
+    return _hash(digests)
+
+
+def _rendering(imitator: Imitator) -> str:
+    """Hash of what turns questions into ids and ids into answers: without it, other answers would pass for these."""
+    own, latent = imitator.renderer, imitator.latent
+    template = getattr(imitator.tokenizer, "chat_template", None)
+    parts = [imitator.tokenizer, template, own.chat_template_kwargs, own.completion_role, list(own.end_token_ids)]
+    return fingerprint([*parts, None if latent is None else latent.thinkers.law.to_json()])
+
+
+def source_of(check: Any) -> str:
+    """Hash of a check's own lines, where they can be had: by another one other answers are kept."""
+    try:
+        lines = inspect.getsource(check)
+    except (OSError, TypeError):
+        lines = ""
+    return _hash([check_name(check), lines])
 
 
 def name_of(model: Any) -> str:

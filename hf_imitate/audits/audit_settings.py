@@ -10,8 +10,10 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel
 
+from hf_imitate.audits.answers import subgroup_names
+from hf_imitate.audits.evidence import NOT_COLUMNS
 from hf_imitate.candidates import check_resampling
-from hf_imitate.checks import Check, check_names
+from hf_imitate.checks import Check, check_column_names, check_names
 from hf_imitate.imitator import Imitator
 from hf_imitate.processed_law import ProcessedLaw
 
@@ -34,8 +36,13 @@ def check_audit_settings(
     check_names(checks or ())
     if not (_is_number(confidence) and 0.5 <= confidence < 1):
         raise ValueError(f"`confidence` is {confidence!r}; it must lie in [0.5, 1), such as 0.95.")
-    if by is not None and by not in dataset.column_names:
-        raise ValueError(f"`by` names the column {by!r}; the data set has {dataset.column_names}.")
+    if checks:
+        check_column_names(dataset.column_names)
+    others = [name for name in dataset.column_names if name not in NOT_COLUMNS]
+    if by is not None and by not in others:
+        raise ValueError(f"`by` names the column {by!r}; besides what every data set has there are {others}.")
+    if by is not None:
+        subgroup_names(by, dataset[by])
     if not isinstance(generation_config, GenerationConfig | dict | None):
         raise TypeError(
             f"`generation_config` is a {type(generation_config).__name__}; give a GenerationConfig or a dict, such as "

@@ -29,7 +29,7 @@ _DOUBLY_ENCODED = re.compile(
 )
 __all__ = ["AnswerScores", "Evidence", "check_dataset", "collect_evidence", "draw_foils", "score_foils"]
 
-_NOT_COLUMNS = ("prompt", "completion", "weight", "choices")
+NOT_COLUMNS = ("prompt", "completion", "weight", "choices")
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,7 @@ def check_dataset(dataset: Dataset, train_dataset: Dataset | None = None) -> tup
             on, or answers that were decoded wrongly. Counts and row numbers are given, never text.
     """
     check_columns(dataset, name="dataset")
+    _check_choices(dataset)
     if len(dataset) < MIN_ROWS:
         raise ValueError(
             f"`dataset` has {len(dataset)} rows; an audit needs at least {MIN_ROWS}, and about 1,000 to notice a "
@@ -135,6 +136,20 @@ def check_dataset(dataset: Dataset, train_dataset: Dataset | None = None) -> tup
         looks = number_of(len(broken), "human answer looks", "human answers look")
         notes.append(f"{looks} wrongly decoded (mojibake).")
     return tuple(notes)
+
+
+def _check_choices(dataset: Dataset) -> None:
+    """Raise `TypeError` unless closed options are lists: of a text, every letter would be one."""
+    if "choices" not in dataset.column_names:
+        return
+    options = dataset.with_format(None)["choices"][:]
+    wrong = [row for row, value in enumerate(options) if not isinstance(value, list | None)]
+    if wrong:
+        raise TypeError(
+            f"`dataset` column `choices`: {len(wrong)} of {len(dataset)} rows (row {str(wrong[:5])[1:-1]}) hold "
+            f"{type(options[wrong[0]]).__name__}; a list of options, or None, is needed. Convert them with "
+            "`dataset.map` (a CSV holds no lists, JSON does), or rename the column."
+        )
 
 
 def check_room(imitator: Imitator, dataset: Dataset) -> None:
@@ -209,7 +224,7 @@ def collect_evidence(
     draw_number = np.array([(numbers.update([key]), numbers[key] - 1)[1] for key in keys])
     places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
     limit = imitator.max_new_tokens
-    columns = {name: rows[name][:] for name in rows.column_names if name not in _NOT_COLUMNS}
+    columns = {name: rows[name][:] for name in rows.column_names if name not in NOT_COLUMNS}
     choices = rows["choices"][:] if "choices" in rows.column_names else None
     scorer = Scorer(
         *(imitator, law, prompts, draw_number),

@@ -32,7 +32,6 @@ from hf_imitate.audits.power_world import (
     draw,
     kind_of,
     make_world,
-    rendered,
     score_honestly,
 )
 from hf_imitate.audits.report import Finding
@@ -204,7 +203,7 @@ def _row(
         human_answers=world.human,
         imitator_answers=answers,
         human=world.human_scores,
-        imitator=score_honestly(imitator, rendered(imitator, questions, answers), world.batch_size),
+        imitator=score_honestly(imitator, imitator.renderer.given(questions, answers), world.batch_size),
         weight=np.ones(num),
         seed=world.seed,
         max_new_tokens=imitator.max_new_tokens,

@@ -83,7 +83,7 @@ def make_world(imitator: Imitator, questions: list, seed: int, batch_size: int) 
     nothing = SoftRotation(TOY_KEY, 0.0)
     drawn = [draw(empty, nothing, [0] * len(questions), purpose) for purpose in ("human", "answer")]
     human, honest = ([draw.answer for draw in draws] for draws in drawn)
-    rows = rendered(imitator, questions, human)
+    rows = imitator.renderer.given(questions, human)
     counts = {
         "honest answers reached the length limit": sum(not answer.ended for answer in human),
         "honest answers are spelled by the tokenizer in other tokens than were drawn: what was planted in tokens is "
@@ -101,14 +101,6 @@ def draw(world: World, scheme: Scheme, messages: list[int], purpose: str = "answ
     settings: dict[str, Any] = {"seed": world.seed, "max_new_tokens": imitator.max_new_tokens, "purpose": purpose}
     asked = imitator.model, imitator.renderer, world.questions, scheme, messages
     return draw_keyed_answers(*asked, **settings, batch_size=world.batch_size)
-
-
-def rendered(imitator: Imitator, questions: list, answers: list[Answer]) -> list[Rendered]:
-    """Questions and answers as the tokenizer spells them."""
-    texts, ended = [answer.text for answer in answers], [answer.ended for answer in answers]
-    rows = imitator.renderer.answer_ids(texts, ended, not isinstance(questions[0], str))
-    prompts = imitator.renderer.prompt_ids(questions)
-    return [row._replace(prompt_ids=ids) for ids, row in zip(prompts, rows, strict=True)]
 
 
 def score_honestly(imitator: Imitator, rows: list[Rendered], batch_size: int) -> AnswerScores:

@@ -307,7 +307,7 @@ class AuditReport:
         _check_texts(values)
         _check_ledger(values["ledger"])
         is_right = {
-            "cost": all(type(seconds) in (int, float) for seconds in values["cost"].values()),
+            "cost": all(type(x) in (int, float) and 0 <= x < 2**53 for x in values["cost"].values()),
             "notes": all(isinstance(note, str) for note in values["notes"]),
             "decoding": all(type(x) in (int, float, str, bool) for x in values["decoding"].values()),
         }

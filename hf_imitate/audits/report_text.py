@@ -211,6 +211,8 @@ def _short(value: object) -> str:
 def _plain(value: object) -> str:
     """Text that stays text: nothing in it makes a table cell, a link, an image or HTML."""
     text = " ".join(str(value).split())
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
     for character in "\\|[]<>`*!":
         text = text.replace(character, {"<": "&lt;", ">": "&gt;", "`": "'"}.get(character, f"\\{character}"))
-    return text
+    # GitHub and the Hub make links of bare addresses, too.
+    return text.replace("://", "&#58;//").replace("www.", "www&#46;")

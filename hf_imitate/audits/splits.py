@@ -142,7 +142,8 @@ def split_pairs(
         group_of[groups[group]] = group
         part = next(part for part, rows in parts.items() if len(rows) + len(groups[group]) <= wanted[part])
         parts[part] += groups[group]
-    if min(len(rows) for rows in parts.values()) < 2:
+    # Errors are counted over groups: of a test in one group there is none.
+    if min(len(rows) for rows in parts.values()) < 2 or len(set(group_of[parts["test"]].tolist())) < 2:
         raise ValueError(
             f"{len(pairs)} pairs fall into {len(groups)} groups of equal questions, answers or `group_by` values: too "
             "few to train, validate and test on. Bring more distinct questions, or a finer `group_by`."
