@@ -238,6 +238,15 @@ def test_who_has_nothing_to_halve_halves_nothing():
     assert not verdicts.verdict(arm, frontier, num=500).halves
 
 
+def test_who_has_fewer_seeds_is_compared_on_those():
+    """Seeds differ by more than arms do: the others of the arm would decide."""
+    good, bad = made_up(0.55, 8.0, seeds=(1, 2)), made_up(0.75, 11.0, seeds=(3, 4, 5))
+    seen = verdicts.verdict(verdicts.sums(good | bad, ["ngram"]), [verdicts.sums(good, ["ngram"])], num=500)
+    assert seen.less_seen == seen.dearer == verdicts.Estimate(0.0, 0.0, 0.0)
+    assert seen.accuracy.value > 0.6
+    assert not seen.beyond
+
+
 def test_temperature_1_stays_unless_judges_find_another_clearly_harder():
     of_arm = {t: made_up(a, 9.0, per_group=2000) for t, a in ((0.8, 0.65), (0.9, 0.595), (1.0, 0.6))}
     assert verdicts.chosen_temperature(of_arm, ["ngram"]) == 1.0

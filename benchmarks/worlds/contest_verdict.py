@@ -123,22 +123,25 @@ def verdict(arm: Sums, frontier: Sequence[Sums], seed: int = 0, num: int = NUM_R
     """Whether an arm is beyond *both ends* of SFT's frontier, and halves the judges' advantage.
 
     Beyond: no temperature of SFT is found less often by judges, and none costs over `MARGIN_BITS` less. The frontier's
-    best is taken anew in each replicate, which favours SFT. Only seeds of the arm count, for both.
+    best is taken anew in each replicate, which favours SFT. Each temperature is compared on the seeds that both have.
     """
     everyone = draws(arm.seeds, arm.bits.shape[1], np.random.default_rng(seed), num)
-    own_frontier = [_of_seeds(law, arm.seeds) for law in frontier if set(law.seeds) & set(arm.seeds)]
+    both = [(_of_seeds(arm, law.seeds), _of_seeds(law, arm.seeds)) for law in frontier]
+    both = [(own, law) for own, law in both if law.seeds]
 
     def differences(draw: Draw | None) -> tuple[float, ...]:
-        accuracy, bits = means(arm, draw)
-        others = np.array([means(law, draw) for law in own_frontier])
-        best_accuracy, best_bits = np.fmin.reduce(others)  # a replicate may lack the seeds of a temperature
-        return accuracy, bits, accuracy - best_accuracy, bits - best_bits, accuracy - 0.5 - (best_accuracy - 0.5) / 2
+        found = []
+        for own, law in both:
+            accuracy, bits = means(own, draw)
+            other, other_bits = means(law, draw)
+            found.append((accuracy - other, bits - other_bits, accuracy - 0.5 - (other - 0.5) / 2))
+        return *means(arm, draw), *np.fmax.reduce(found)  # a replicate may lack the seeds of a temperature
 
     replicates = np.array([differences(draw) for draw in everyone])
     found = [interval(column, at) for column, at in zip(replicates.T, differences(None), strict=True)]
     own = []
     for seed in arm.seeds:
-        others = [means(_of_seeds(law, [seed]))[0] for law in own_frontier if seed in law.seeds]
+        others = [means(_of_seeds(law, [seed]))[0] for _, law in both if seed in law.seeds]
         own += [means(_of_seeds(arm, [seed]))[0] - min(others)] if others else []
     by_seeds = student(own)
     is_less_seen = found[2].high < 0 and by_seeds.high < 0
