@@ -42,7 +42,15 @@ NUM_SEEDS = 2  # of the other arms, and of the sweeps of SFT and the headline ar
 PARTS_OF_A_TASK = ("dev", "sweep", "test")
 HEADLINE = ("combined 1", "one of 8")
 SWEEP = (0.85, 1.0)  # of all arms but SFT, which has its task's
-RIVALS = ("SFT continued", "rejection sampling", "SFT, first of 8 that passes", "larger model")  # beside SFT
+RIVALS = (  # beside SFT
+    "SFT continued",
+    "rejection sampling",
+    "SFT, first of 8 that passes",
+    "rejection, first of 8 that passes",
+    "rejection, first of 32 that passes",
+    "larger model",
+    "larger model, longer",
+)
 SCORED = {"dev": 150, "sweep": 150, "test": 300}  # questions whose human answers are scored
 NUM_TIMED = 128
 

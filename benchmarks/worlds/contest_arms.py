@@ -62,12 +62,12 @@ def start(task: Task, seed: int, folder: Path, by: str = "sft") -> Path:
     return _keep(task, by, folder, seed, [], SFT, build)
 
 
-def larger(task: Task, seed: int, folder: Path) -> Path:
+def larger(task: Task, seed: int, folder: Path, name: str = "larger") -> Path:
     """The larger model, by likelihood of the same rows: an arm of its own, and what larger distinguishers start as."""
-    steps, rate = task.settings.larger
+    steps, rate = getattr(task.settings, name)
     model_of = lambda: task.new_model("larger", seed + 7).requires_grad_(True)  # noqa: E731
     build = lambda path: fit(task, model_of(), task.rows().train, path, steps, rate, seed)  # noqa: E731
-    return _keep(task, "larger", folder, seed, [], LARGER, build)
+    return _keep(task, name, folder, seed, [], ("batch", name), build)
 
 
 def continued(task: Task, seed: int, folder: Path) -> Path:
@@ -256,7 +256,7 @@ def checked(task: Task, seed: int, folder: Path, before: Callable[[Task, int, Pa
             checks=task.checks,
             check_weights=dict.fromkeys(check_names(task.checks), CERTAIN),
         )
-        judge.save_beside(path, task.tokenizer())
+        judge.save_beside(path / "distinguisher", task.tokenizer())
         return {"steps": 0}
 
     return _keep(task, f"checked {of.name}", folder, seed, [of], (*SFT, "rejection"), build)
@@ -277,14 +277,14 @@ def _game(name: str, uses: tuple[str, ...] = GAME, resample: int = 1, **settings
     return Arm(lambda task, seed, folder: game(task, seed, folder, name, **settings), uses, resample)
 
 
-def _first_that_passes(before: Callable[[Task, int, Path], Path], uses: tuple[str, ...]) -> Arm:
-    """One of 8, by the check alone; no distinguisher was taught."""
-    return Arm(lambda task, seed, folder: checked(task, seed, folder, before), uses, 8)
+def _first_that_passes(before: Callable[[Task, int, Path], Path], uses: tuple[str, ...], resample: int = 8) -> Arm:
+    """One of K, by the check alone; no distinguisher was taught."""
+    return Arm(lambda task, seed, folder: checked(task, seed, folder, before), uses, resample)
 
 
-def _after(before: Callable[[Task, int, Path], Path], uses: tuple[str, ...]) -> Arm:
-    """One of 8, by a distinguisher that is taught beside that imitator in place of the start."""
-    return Arm(lambda task, seed, folder: residual(task, seed, folder, before(task, seed, folder)), uses, 8)
+def _after(before: Callable[[Task, int, Path], Path], uses: tuple[str, ...], resample: int = 8) -> Arm:
+    """One of K, by a distinguisher that is taught beside that imitator in place of the start."""
+    return Arm(lambda task, seed, folder: residual(task, seed, folder, before(task, seed, folder)), uses, resample)
 
 
 ARMS = {
@@ -296,6 +296,9 @@ ARMS = {
     "distilled, one of 8": _after(distilled, DISTILLED),
     "SFT continued": Arm(continued, (*SFT, "more")),
     "larger model": Arm(larger, LARGER),
+    "larger model, longer": Arm(
+        lambda task, seed, folder: larger(task, seed, folder, "larger_longer"), ("batch", "larger_longer")
+    ),
     "rejection sampling": Arm(rejection, (*SFT, "rejection")),
     "SFT, first of 8 that passes": _first_that_passes(start, (*SFT, "rejection")),
     "rejection, first of 8 that passes": _first_that_passes(rejection, (*SFT, "rejection")),
@@ -311,12 +314,16 @@ ARMS = {
     "distilled twice": Arm(lambda task, seed, folder: distilled(task, seed, folder, 2), DISTILLED),
     "larger model, one of 8": _after(larger, RESIDUAL),
     "one of 32": Arm(residual, RESIDUAL, 32),
+    "rejection, one of 32": _after(rejection, (*RESIDUAL, "rejection"), 32),
+    "rejection, first of 32 that passes": _first_that_passes(rejection, (*SFT, "rejection"), 32),
 }
 ASK_A_CHECK = (
     "rejection sampling",
     "rejection, one of 8",
     "SFT, first of 8 that passes",
     "rejection, first of 8 that passes",
+    "rejection, one of 32",
+    "rejection, first of 32 that passes",
     "no check",
 )
 
@@ -324,6 +331,8 @@ ASK_A_CHECK = (
 def arms_of(task: Task) -> list[str]:
     """Those that make sense here, in the order of their importance: what asks a check needs one."""
     found = [name for name in ARMS if task.checks or name not in ASK_A_CHECK]
+    if not task.settings.larger_longer[0]:
+        found.remove("larger model, longer")
     # A long answer times 32 takes longer than a cell may.
     return [name for name in found if ARMS[name].resample * task.max_tokens <= MOST_TOKENS]
 

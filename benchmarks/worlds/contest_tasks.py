@@ -56,6 +56,7 @@ class Settings(NamedTuple):
     distil: tuple[int, float, int, int]  # steps, rate, questions asked in a round, answers kept to each
     budget: float  # nats that the budgeted game may lose
     rejection: tuple[int, int, int, float] = (0, 0, 0, 0.0)  # rounds, questions, steps in each, rate
+    larger_longer: tuple[int, float] = (0, 0.0)  # where `larger` stops short of its best
 
 
 @dataclass(frozen=True)
@@ -236,6 +237,7 @@ SUDOKU = Task(
         distil=(300, residual_sudoku.DISTIL_RATE, 2000, 1),
         budget=0.1,
         rejection=(4, 2500, 250, sudoku_arms.RATE),
+        larger_longer=(1300, sudoku_arms.START_RATE),
     ),
     distinguisher="own",
     other_distinguisher="larger",

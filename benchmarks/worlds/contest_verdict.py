@@ -20,10 +20,12 @@ NOT_OURS = (
     "SFT continued",
     "retrodictive",
     "larger model",
+    "larger model, longer",
     "larger model, one of 8",
     "rejection sampling",
     "SFT, first of 8 that passes",
     "rejection, first of 8 that passes",
+    "rejection, first of 32 that passes",
 )
 
 Measured = dict[float, dict[int, dict[str, Any]]]  # temperature -> seed -> what was measured
@@ -284,7 +286,7 @@ def plot(
     right.axvline(MARGIN_BITS, color="#888888", lw=0.8, ls=":")
     right.set_xlim(right=reach * 1.02)
     left.set_xlabel(f"accuracy of {judges} (dashed: chance)", fontsize=8)
-    right.set_xlabel("bits beyond SFT's fewest (dotted: no loss)", fontsize=8)
+    right.set_xlabel(f"bits beyond SFT's fewest (dotted: the margin, {MARGIN_BITS:g})", fontsize=8)
     for axis in (left, right):
         axis.tick_params(labelsize=7)
         axis.grid(axis="y", lw=0.3, color="#dddddd")
