@@ -50,13 +50,13 @@ def main(arguments: list[str] | None = None) -> tuple[list[float], dict[str, Aud
     given = parser.parse_args(arguments)
     if given.smoke:
         given.max_steps = 2
-    longest = 100 if given.smoke else 40  # the smallest bases read bytes
+    longest = 80 if given.smoke else 40  # the smallest bases read bytes
 
     dataset = split_by_question(load_docstrings(), test_size=0.2, group_by="completion")
     rows, held_out = (dataset[name].select_columns(["prompt", "completion"]) for name in ("train", "test"))
     rows, held_out = (
         rows.select(range(32 if given.smoke else 4000)),
-        held_out.select(range(60 if given.smoke else 600)),
+        held_out.select(range(48 if given.smoke else 600)),
     )
     common = {"save_strategy": "no", "report_to": "none"}
 
