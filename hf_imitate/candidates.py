@@ -16,7 +16,7 @@ from hf_imitate.checks import Check, check_names, check_outcomes
 from hf_imitate.distinguisher import Distinguisher
 from hf_imitate.latent_imitator import THOUGHT_INCLUDED, LatentImitator
 from hf_imitate.questions import check_columns
-from hf_imitate.rendering import Answer, Rendered, Renderer
+from hf_imitate.rendering import Answer, Rendered, Renderer, canonical_text
 from hf_imitate.sampling import Draw, GumbelSampler, check_drawing, draw_by_key
 from hf_imitate.scoring import check_positions, check_prompt_ids
 
@@ -83,10 +83,11 @@ def logits_of(
     """
     outcomes = None
     if checks and answers:
-        completions = [
-            renderer.as_completion(*pair) for pair in zip(questions, (a.text for a in answers), strict=True)
+        shown = [
+            renderer.as_completion(question, canonical_text(answer.text))
+            for question, answer in zip(questions, answers, strict=True)
         ]
-        outcomes = check_outcomes(checks, questions, renderer.tidy(completions), None, **columns)
+        outcomes = check_outcomes(checks, questions, shown, None, **columns)
     return distinguisher.score(questions, answers, outcomes).cpu()
 
 
