@@ -144,6 +144,19 @@ def commit_of(repo: str) -> str | None:
     return snapshot.name if len(list(snapshot.parent.iterdir())) == 1 else None
 
 
+def newest_commit(repo: str) -> str | None:
+    """The commit that a Hub repo's name stands for now: the Hub says so, or, where it cannot be asked, the cache.
+
+    `None` for a folder, and where neither knows the repo.
+    """
+    if Path(repo).is_dir():
+        return None
+    try:  # the smallest file of a model or an adapter, which loading would ask for as well
+        return Path(snapshot_download(repo, allow_patterns=["config.json", "adapter_config.json"])).name
+    except (ValueError, OSError):  # no repo id; not on the Hub, or not for this token
+        return None
+
+
 def hub_checkpoint(repo: str, revision: str | None = None, token: str | bool | None = None) -> Path:
     """The newest checkpoint of a run in a Hub repo, `last-checkpoint/` where there is one; it alone is downloaded.
 

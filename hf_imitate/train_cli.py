@@ -54,14 +54,12 @@ def train(name: str, argv: list[str]) -> int:
         _check_settings(*settings)
         launch_arguments = _launch_arguments(parser, from_file, from_line)
     except (ValueError, OSError) as error:
-        print(f"hf-imitate {name}: error: {error}", file=sys.stderr)
-        return 2
+        return _refused(name, error)
     if is_launched or not (launch_arguments or _needs_several_processes()):
         try:
-            _run(name, *settings)
+            return _run(name, *settings)
         except KeyboardInterrupt:
             return 130  # what is left was said by the trainer
-        return 0
     return _launch(name, launch_arguments, _without_subsequence(argv, from_line))
 
 
@@ -92,8 +90,10 @@ def make_parser(name: str) -> "TrlParser":
     return parser
 
 
-def _run(name: str, script_args: Any, training_args: Any, model_args: Any, mixture: "DatasetMixtureConfig") -> None:
-    """Train, save, and perhaps push."""
+def _make_trainer(
+    name: str, script_args: Any, training_args: Any, model_args: Any, mixture: "DatasetMixtureConfig"
+) -> Any:
+    """The trainer with its rows and models; all that is wrong with what was given is found here."""
     from trl import get_peft_config, get_quantization_config
 
     dataset = load_dataset(script_args, mixture)
@@ -105,7 +105,7 @@ def _run(name: str, script_args: Any, training_args: Any, model_args: Any, mixtu
         **(training_args.model_init_kwargs or {}),
     }
     own = {"distinguisher": _distinguisher(script_args.distinguisher)} if name == "adversarial" else {}
-    trainer = TRAINERS[name].load("Trainer")(
+    return TRAINERS[name].load("Trainer")(
         model=model_args.model_name_or_path,
         args=training_args,
         train_dataset=split_of(dataset, script_args.dataset_train_split),
@@ -114,14 +114,29 @@ def _run(name: str, script_args: Any, training_args: Any, model_args: Any, mixtu
         peft_config=get_peft_config(model_args),
         **own,
     )
-    trainer.train(resume_from_checkpoint=_checkpoint(training_args.resume_from_checkpoint))
-    trainer.save_model(training_args.output_dir)
-    trainer.create_model_card(dataset_name=script_args.dataset_name)
-    trainer.accelerator.print(f"Imitator saved to {training_args.output_dir}.")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+
+
+def _run(name: str, *settings: Any) -> int:
+    """Train, save, and perhaps push; returns the status."""
+    try:
+        trainer = _make_trainer(name, *settings)
+    except (ValueError, OSError) as error:
+        return _refused(name, error)
+    args, dataset_name = trainer.args, settings[0].dataset_name
+    trainer.train(resume_from_checkpoint=_checkpoint(args.resume_from_checkpoint))
+    trainer.save_model(args.output_dir)
+    trainer.create_model_card(dataset_name=dataset_name)
+    trainer.accelerator.print(f"Imitator saved to {args.output_dir}.")
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=dataset_name)
         trainer.accelerator.print(f"Imitator pushed to {trainer.hub_model_id}.")
     trainer.end()
+    return 0
+
+
+def _refused(name: str, error: Exception) -> int:
+    print(f"hf-imitate {name}: error: {error}", file=sys.stderr)
+    return 2
 
 
 def _checkpoint(given: str | bool | None) -> str | bool | None:

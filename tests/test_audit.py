@@ -245,6 +245,25 @@ def test_another_template_role_or_base_is_another_plan(tiny_chat_model_dir, tmp_
     assert len(set(hashes)) == 4
 
 
+def test_a_push_to_a_repo_of_the_hub_that_is_compared_with_is_another_plan(tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    imitator = Imitator.from_pretrained(tiny_model_dir)
+    repo = tmp_path / "hub" / "models--me--other"
+    (repo / "refs").mkdir(parents=True)
+
+    def plan(commit):
+        shutil.copytree(tiny_model_dir, repo / "snapshots" / commit, dirs_exist_ok=True)
+        (repo / "refs" / "main").write_text(commit)
+        settings = {"base": None, "checks": (), "law": ProcessedLaw(), "by": None, "confidence": 0.95, "seed": 0}
+        settings |= {"known": {}, "judges": run.named_judges(["lora:me/other"])}
+        return make_plan(imitator, imitator, rows(40), None, against="me/other", **settings)
+
+    before, same, after = plan("a" * 40), plan("a" * 40), plan("b" * 40)
+    assert before.hash == same.hash != after.hash
+    assert [after.values[f"{name}_revision"] for name in ("against", "judge lora")] == ["b" * 40] * 2
+
+
 def test_a_check_of_one_name_and_other_lines_is_another_one_where_it_chooses():
     def passes(**columns):
         return [True]

@@ -182,6 +182,29 @@ def test_an_error_says_what_was_given_and_what_to_do(arguments, said, capsys):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", train_cli.TRAINERS)
+def test_bad_rows_are_one_line_on_the_command_line_and_no_traceback(
+    name, tiny_model_dir, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(train_cli, "_needs_several_processes", lambda: False)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "one?", "reply": "secret"}\n' * 4, encoding="utf-8")
+    line = [
+        "--model_name_or_path",
+        str(tiny_model_dir),
+        "--dataset_name",
+        str(rows),
+        "--output_dir",
+        str(tmp_path / "o"),
+    ]
+    assert cli.main([name, *line, "--use_cpu", "true", "--report_to", "none"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"hf-imitate {name}: error: ")
+    assert {"question", "prompt"} <= set(re.findall(r"\w+", said))
+    assert "secret" not in said
+
+
 def test_launch_options_reach_accelerate_and_settings_reach_the_script(tmp_path, monkeypatch):
     config = tmp_path / "x.yaml"
     config.write_text("num_processes: 2\nmulti_gpu: false\ncpu: true\nlearning_rate: 3.0e-5\n")
@@ -205,7 +228,7 @@ def test_a_launched_process_trains_and_does_not_launch_again(tmp_path, monkeypat
     trained = []
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.setattr(train_cli, "_launch", lambda *arguments: pytest.fail("launched again"))
-    monkeypatch.setattr(train_cli, "_run", lambda *settings: trained.append(settings))
+    monkeypatch.setattr(train_cli, "_run", lambda *settings: trained.append(settings) or 0)
     assert cli.main(["adversarial", "--launched", *NAMED, "--config", str(config)]) == 0
     assert len(trained) == 1
     assert not train_cli._is_launched(NAMED)

@@ -17,7 +17,7 @@ from hf_imitate import __version__
 from hf_imitate.audits.judge_family import POWER_SHARES
 from hf_imitate.audits.resampled_law import ResampledLaw
 from hf_imitate.audits.splits import QuestionSplit, split_questions
-from hf_imitate.causal_lm import commit_of
+from hf_imitate.causal_lm import commit_of, newest_commit
 from hf_imitate.checks import check_name
 from hf_imitate.imitator import Imitator
 from hf_imitate.processed_law import ProcessedLaw
@@ -113,6 +113,8 @@ def make_plan(
             values[f"{name}_weights"] = weights_fingerprint(other.model if isinstance(other, Imitator) else other)
         elif other is not None and Path(other).is_dir():
             values[f"{name}_weights"] = folder_fingerprint(Path(other))
+        elif other is not None:
+            values[f"{name}_revision"] = newest_commit(str(other))
     return Plan(values, _hash(values), split, ledger)
 
 
