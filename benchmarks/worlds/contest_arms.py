@@ -316,6 +316,10 @@ ARMS = {
     "one of 32": Arm(residual, RESIDUAL, 32),
     "rejection, one of 32": _after(rejection, (*RESIDUAL, "rejection"), 32),
     "rejection, first of 32 that passes": _first_that_passes(rejection, (*SFT, "rejection"), 32),
+    "combined 3, one of 8": _game("combined 3", resample=8, coef=3.0),
+    "combined 3, one of 8, taught anew": _after(
+        lambda task, seed, folder: game(task, seed, folder, "combined 3", coef=3.0), GAME
+    ),
 }
 ASK_A_CHECK = (
     "rejection sampling",
@@ -326,6 +330,8 @@ ASK_A_CHECK = (
     "rejection, first of 32 that passes",
     "no check",
 )
+# After dev rows had shown a game that pays there; the other tasks were decided by then.
+OF_SEVERAL_MEMBERS = ("combined 3, one of 8", "combined 3, one of 8, taught anew")
 
 
 def arms_of(task: Task) -> list[str]:
@@ -333,6 +339,8 @@ def arms_of(task: Task) -> list[str]:
     found = [name for name in ARMS if task.checks or name not in ASK_A_CHECK]
     if not task.settings.larger_longer[0]:
         found.remove("larger model, longer")
+    if "+" not in task.distinguisher:
+        found = [name for name in found if name not in OF_SEVERAL_MEMBERS]
     # A long answer times 32 takes longer than a cell may.
     return [name for name in found if ARMS[name].resample * task.max_tokens <= MOST_TOKENS]
 
