@@ -32,7 +32,7 @@ def in_two_processes(program: str, folder: Path, timeout: float = 240) -> str:
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
     done = subprocess.run(
         [*launch, *_resolve_accelerate_config(["--accelerate_config", "cpu"]), str(file)],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)},
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(TESTS.parent)},
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -240,7 +240,7 @@ def failed(tmp_path_factory, tiny_model_dir) -> dict[str, dict[str, str]]:
     folder = tmp_path_factory.mktemp("guide")
     program = f"import guide_worlds; guide_worlds.run_pages({str(tiny_model_dir)!r}, {str(folder / 'failed.json')!r})"
     with hub_server() as url:
-        environment = hub_environment(url, folder / "home") | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        environment = hub_environment(url, folder / "home") | {"ACCELERATE_USE_CPU": "true"}
         environment["PYTHONPATH"] += os.pathsep + str(Path(__file__).parent)
         command = [sys.executable, "-c", program]
         done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)

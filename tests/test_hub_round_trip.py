@@ -42,7 +42,7 @@ def trips(tmp_path_factory, tiny_model_dir):
     seen = {}
     with hub_server() as url:
         for name, call in calls.items():
-            environment = hub_environment(url, folder / f"home of {name}") | {"OMP_NUM_THREADS": "1"}
+            environment = hub_environment(url, folder / f"home of {name}")
             environment |= {"ACCELERATE_USE_CPU": "true", "TRANSFORMERS_VERBOSITY": "error"}
             environment["PYTHONPATH"] += os.pathsep + str(TESTS)
             program = f"import json, hub_worlds\nprint('SEEN', json.dumps(hub_worlds.{call}))"

@@ -149,7 +149,7 @@ def test_a_pushed_imitator_is_private_whole_and_gives_the_same_numbers(world, tm
     with hub_server() as url:
         environment = hub_environment(url, tmp_path / "home")
         environment["PYTHONPATH"] += f":{worlds.__file__.rpartition('/')[0]}"
-        environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        environment |= {"ACCELERATE_USE_CPU": "true"}
         done = subprocess.run(
             [sys.executable, "-c", textwrap.dedent(program)],
             env=environment,

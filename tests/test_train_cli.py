@@ -18,7 +18,6 @@ NAMED = ["--model_name_or_path", "any", "--dataset_name", "docstrings"]
 
 def shell(*arguments: str, environment: dict[str, str]) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "hf_imitate.cli", *arguments]
-    environment = {**environment, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
