@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,6 +99,21 @@ def test_arms_that_ask_a_check_are_only_where_there_is_one():
     longer = {"larger model, longer"}  # where it stopped short
     assert set(arms.arms_of(tasks.SUDOKU)) - set(arms.arms_of(tasks.NOTES)) == {*arms.ASK_A_CHECK, *longer}
     assert set(contest.HEADLINE) < set(arms.arms_of(tasks.NOTES))
+
+
+def test_arms_added_for_docstrings_are_only_there_and_choose_from_the_same_game(monkeypatch):
+    assert set(arms.arms_of(tasks.DOCSTRINGS)) - set(arms.arms_of(tasks.NOTES)) == set(arms.OF_SEVERAL_MEMBERS)
+    monkeypatch.setattr(arms, "_keep", lambda task, name, *rest: Path(name))
+    monkeypatch.setattr(arms, "start", lambda *given: Path("start"))
+    monkeypatch.setattr(arms, "larger", lambda *given: Path("larger"))
+    found = {
+        name: arms.law_of(tasks.DOCSTRINGS, name, 11, Path()) for name in ("combined 3", *arms.OF_SEVERAL_MEMBERS)
+    }
+    assert [(law.path.name, law.resample) for law in found.values()] == [
+        ("combined 3", 1),
+        ("combined 3", 8),
+        ("residual of combined 3", 8),
+    ]
 
 
 # --- what is measured
