@@ -173,6 +173,7 @@ def _check_config_file(argv: list[str]) -> None:
 def _check_settings(script_args: "ScriptArguments", training_args: Any, model_args: Any, mixture: Any) -> None:
     if model_args.model_name_or_path is None:
         raise ValueError("No model to train. Give `--model_name_or_path`: a Hub id, or the directory of a model.")
+    _check_names_a_model(model_args.model_name_or_path)
     if script_args.dataset_name is not None:
         check_is_there(script_args.dataset_name)
     elif not mixture.datasets:
@@ -180,6 +181,19 @@ def _check_settings(script_args: "ScriptArguments", training_args: Any, model_ar
             "No data to learn from. Give `--dataset_name`: a Hub id, a .json, .jsonl, .csv or .parquet file, a "
             "directory, or `docstrings` for the embedded data; or list several under `datasets:` in the config file."
         )
+
+
+def _check_names_a_model(name: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        if not Path(name).is_dir():
+            raise FileNotFoundError(
+                f"`model_name_or_path` is {name!r}: no directory that is there, and no Hub id. Check its spelling."
+            ) from None
 
 
 def _launch_arguments(parser: "TrlParser", from_file: list[str], from_line: list[str]) -> list[str]:

@@ -165,6 +165,7 @@ def test_the_example_config_names_only_settings_that_exist(tmp_path):
         (["--dataset_name", "docstrings"], "No model to train. Give `--model_name_or_path`"),
         (["--model_name_or_path", "any"], "No data to learn from. Give `--dataset_name`"),
         (["--model_name_or_path", "any", "--dataset_name", "no.jsonl"], "'no.jsonl'; there is no such file"),
+        ([*NAMED, "--model_name_or_path", "./gone"], "'./gone': no directory that is there, and no Hub id"),
         ([*NAMED, "--config"], "`--config` is not followed by a file"),
         ([*NAMED, "--config=no.yaml"], "'no.yaml'; there is no such file"),
         ([*NAMED, "--retrodictive_coeff", "1"], "`--retrodictive_coeff`: no setting"),
