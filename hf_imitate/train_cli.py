@@ -93,7 +93,7 @@ def make_parser(name: str) -> "TrlParser":
 def _make_trainer(
     name: str, script_args: Any, training_args: Any, model_args: Any, mixture: "DatasetMixtureConfig"
 ) -> Any:
-    """The trainer with its rows and models; all that is wrong with what was given is found here."""
+    """The trainer with its rows and models, which are checked here."""
     from trl import get_peft_config, get_quantization_config
 
     dataset = load_dataset(script_args, mixture)
@@ -120,7 +120,7 @@ def _run(name: str, *settings: Any) -> int:
     """Train, save, and perhaps push; returns the status."""
     try:
         trainer = _make_trainer(name, *settings)
-    except (ValueError, OSError) as error:
+    except (ValueError, TypeError, OSError) as error:
         return _refused(name, error)
     args, dataset_name = trainer.args, settings[0].dataset_name
     trainer.train(resume_from_checkpoint=_checkpoint(args.resume_from_checkpoint))
@@ -270,6 +270,7 @@ def _launch(name: str, launch_arguments: list[str], script_arguments: list[str])
     import torch
     from accelerate.commands.launch import launch_command, launch_command_parser
     from accelerate.utils import patch_environment
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     # Without an accelerator, each of several processes would take itself for the only one.
     environment = {} if torch.accelerator.is_available() else {"accelerate_use_cpu": "true"}
@@ -280,6 +281,8 @@ def _launch(name: str, launch_arguments: list[str], script_arguments: list[str])
             launch_command(launch_command_parser().parse_args([*launch_arguments, *script]))
     except subprocess.CalledProcessError as error:
         return error.returncode  # what went wrong was said by the process that failed
+    except ChildFailedError as error:
+        return error.get_first_failure()[1].exitcode
     return 0
 
 

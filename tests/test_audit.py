@@ -12,9 +12,11 @@ import pytest
 import torch
 from audit_worlds import evidence_of_words
 from datasets import Dataset, load_dataset
+from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
+from hf_imitate import causal_lm
 from hf_imitate.audits import run
 from hf_imitate.audits.audit_files import _write_scores
 from hf_imitate.audits.audit_plan import make_plan, shares_of_error, source_of, weights_fingerprint
@@ -245,23 +247,33 @@ def test_another_template_role_or_base_is_another_plan(tiny_chat_model_dir, tmp_
     assert len(set(hashes)) == 4
 
 
-def test_a_push_to_a_repo_of_the_hub_that_is_compared_with_is_another_plan(tiny_model_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+def test_a_push_to_a_repo_of_the_hub_that_is_compared_with_is_another_plan(tiny_model_dir, monkeypatch):
     imitator = Imitator.from_pretrained(tiny_model_dir)
-    repo = tmp_path / "hub" / "models--me--other"
-    (repo / "refs").mkdir(parents=True)
+    commits = {"me/base": "a" * 40, "me/other": "b" * 40}
 
-    def plan(commit):
-        shutil.copytree(tiny_model_dir, repo / "snapshots" / commit, dirs_exist_ok=True)
-        (repo / "refs" / "main").write_text(commit)
-        settings = {"base": None, "checks": (), "law": ProcessedLaw(), "by": None, "confidence": 0.95, "seed": 0}
-        settings |= {"known": {}, "judges": run.named_judges(["lora:me/other"])}
-        return make_plan(imitator, imitator, rows(40), None, against="me/other", **settings)
+    def download(repo, allow_patterns):
+        """What the Hub says now; it is asked, and for small files alone."""
+        assert set(allow_patterns) == {"config.json", "adapter_config.json"}
+        if repo not in commits:
+            raise LocalEntryNotFoundError("neither on the Hub nor in the cache")
+        return f"/cache/snapshots/{commits[repo]}"
 
-    before, same, after = plan("a" * 40), plan("a" * 40), plan("b" * 40)
-    assert before.hash == same.hash != after.hash
-    assert [after.values[f"{name}_revision"] for name in ("against", "judge lora")] == ["b" * 40] * 2
+    monkeypatch.setattr(causal_lm, "snapshot_download", download)
+
+    def plan(**others):
+        settings = {"checks": (), "law": ProcessedLaw(), "by": None, "confidence": 0.95, "seed": 0, "known": {}}
+        others = {"base": "me/base", "against": "me/other"} | others
+        judges = run.named_judges(["lora:me/other"])
+        return make_plan(imitator, imitator, rows(40), None, judges=judges, **others, **settings)
+
+    before, same = plan(), plan()
+    assert before.hash == same.hash
+    found = [before.values[f"{name}_revision"] for name in ("base", "against", "judge lora")]
+    assert found == ["a" * 40, "b" * 40, "b" * 40]
+    assert plan(against="me/gone").values["against_revision"] is None
+    assert "against_revision" not in plan(against=str(tiny_model_dir)).values
+    commits["me/base"] = "c" * 40
+    assert plan().hash != before.hash
 
 
 def test_a_check_of_one_name_and_other_lines_is_another_one_where_it_chooses():

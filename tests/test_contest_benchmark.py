@@ -101,19 +101,26 @@ def test_arms_that_ask_a_check_are_only_where_there_is_one():
     assert set(contest.HEADLINE) < set(arms.arms_of(tasks.NOTES))
 
 
-def test_arms_added_for_docstrings_are_only_there_and_choose_from_the_same_game(monkeypatch):
-    assert set(arms.arms_of(tasks.DOCSTRINGS)) - set(arms.arms_of(tasks.NOTES)) == set(arms.OF_SEVERAL_MEMBERS)
-    monkeypatch.setattr(arms, "_keep", lambda task, name, *rest: Path(name))
+def test_arms_of_an_ensemble_choose_from_the_answers_of_one_game_with_a_weight_of_3(monkeypatch):
+    assert set(arms.arms_of(tasks.DOCSTRINGS)) - set(arms.arms_of(tasks.NOTES)) == set(arms.OF_AN_ENSEMBLE)
+    built, played = [], []
+
+    def keep(task, name, folder, seed, needs, uses, build):
+        built.append(name)
+        if name == "combined 3":
+            build(Path(name))
+        return Path(name)
+
+    monkeypatch.setattr(arms, "_keep", keep)
+    monkeypatch.setattr(arms, "_play", lambda *given, **own: played.append(own["retrodictive_coef"]))
     monkeypatch.setattr(arms, "start", lambda *given: Path("start"))
     monkeypatch.setattr(arms, "larger", lambda *given: Path("larger"))
-    found = {
-        name: arms.law_of(tasks.DOCSTRINGS, name, 11, Path()) for name in ("combined 3", *arms.OF_SEVERAL_MEMBERS)
-    }
-    assert [(law.path.name, law.resample) for law in found.values()] == [
-        ("combined 3", 1),
-        ("combined 3", 8),
-        ("residual of combined 3", 8),
-    ]
+    monkeypatch.setattr(arms.Distinguisher, "from_pretrained", lambda *given, **own: None)
+    own, anew = (arms.law_of(tasks.DOCSTRINGS, name, 11, Path()) for name in arms.OF_AN_ENSEMBLE)
+    assert (own.path.name, anew.path.name) == ("combined 3", "residual of combined 3")
+    assert own.resample == anew.resample == 8
+    assert built == ["residual of start", "combined 3"] * 2 + ["residual of combined 3"]
+    assert played == [3.0, 3.0]
 
 
 # --- what is measured

