@@ -1,6 +1,7 @@
 """Load a causal LM and its tokenizer from a folder or the Hub, adapter or full weights, without running its code."""
 
 import contextlib
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -144,17 +145,26 @@ def commit_of(repo: str) -> str | None:
     return snapshot.name if len(list(snapshot.parent.iterdir())) == 1 else None
 
 
-def newest_commit(repo: str) -> str | None:
-    """The commit that a Hub repo's name stands for now: the Hub says so, or, where it cannot be asked, the cache.
-
-    `None` for a folder, and where neither knows the repo.
+def configs_of(repo: str) -> Path | None:
+    """The folder of a model or adapter, with its configs at least; of a Hub repo, at the commit that its name stands
+    for now: the Hub says so, or, where it cannot be asked, the cache. `None` where neither knows it.
     """
     if Path(repo).is_dir():
-        return None
-    try:  # the smallest file of a model or an adapter, which loading would ask for as well
-        return Path(snapshot_download(repo, allow_patterns=["config.json", "adapter_config.json"])).name
+        return Path(repo)
+    try:
+        return Path(snapshot_download(repo, allow_patterns=["config.json", "adapter_config.json"]))
     except (ValueError, OSError):  # no repo id; not on the Hub, or not for this token
         return None
+
+
+def named_base(folder: Path) -> str | None:
+    """The base that the adapter in a folder names; `None` where there is no adapter, or none that can be read."""
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    return base if isinstance(base, str) else None
 
 
 def hub_checkpoint(repo: str, revision: str | None = None, token: str | bool | None = None) -> Path:

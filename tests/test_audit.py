@@ -247,33 +247,43 @@ def test_another_template_role_or_base_is_another_plan(tiny_chat_model_dir, tmp_
     assert len(set(hashes)) == 4
 
 
-def test_a_push_to_a_repo_of_the_hub_that_is_compared_with_is_another_plan(tiny_model_dir, monkeypatch):
+def test_a_push_to_a_repo_of_the_hub_that_is_compared_with_is_another_plan(tiny_model_dir, tmp_path, monkeypatch):
+    """Also to the base of an adapter, wherever the adapter lies."""
     imitator = Imitator.from_pretrained(tiny_model_dir)
-    commits = {"me/base": "a" * 40, "me/other": "b" * 40}
+    commits = {"me/base": "a" * 40, "me/other": "b" * 40, "me/adapter": "d" * 40}
 
     def download(repo, allow_patterns):
         """What the Hub says now; it is asked, and for small files alone."""
         assert set(allow_patterns) == {"config.json", "adapter_config.json"}
         if repo not in commits:
             raise LocalEntryNotFoundError("neither on the Hub nor in the cache")
-        return f"/cache/snapshots/{commits[repo]}"
+        folder = tmp_path / repo / commits[repo]
+        folder.mkdir(parents=True, exist_ok=True)
+        if repo == "me/adapter":
+            (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "me/base"}')
+        return str(folder)
 
     monkeypatch.setattr(causal_lm, "snapshot_download", download)
 
-    def plan(**others):
+    def plan(against="me/other"):
         settings = {"checks": (), "law": ProcessedLaw(), "by": None, "confidence": 0.95, "seed": 0, "known": {}}
-        others = {"base": "me/base", "against": "me/other"} | others
-        judges = run.named_judges(["lora:me/other"])
-        return make_plan(imitator, imitator, rows(40), None, judges=judges, **others, **settings)
+        settings |= {"base": "me/base", "against": str(against), "judges": run.named_judges(["lora:me/other"])}
+        return make_plan(imitator, imitator, rows(40), None, **settings)
 
     before, same = plan(), plan()
     assert before.hash == same.hash
     found = [before.values[f"{name}_revision"] for name in ("base", "against", "judge lora")]
     assert found == ["a" * 40, "b" * 40, "b" * 40]
-    assert plan(against="me/gone").values["against_revision"] is None
-    assert "against_revision" not in plan(against=str(tiny_model_dir)).values
+    assert plan("me/gone").values["against_revision"] is None
+    assert "against_revision" not in plan(tiny_model_dir).values
+
+    adapted = [plan("me/adapter"), plan(tmp_path / "me" / "adapter" / commits["me/adapter"])]
+    assert [one.values["against_base_revision"] for one in adapted] == ["a" * 40] * 2
     commits["me/base"] = "c" * 40
-    assert plan().hash != before.hash
+    after = [plan(), plan("me/adapter")]
+    assert after[0].hash != before.hash
+    assert after[1].values["against_revision"] == adapted[0].values["against_revision"]
+    assert after[1].values["against_base_revision"] == "c" * 40
 
 
 def test_a_check_of_one_name_and_other_lines_is_another_one_where_it_chooses():

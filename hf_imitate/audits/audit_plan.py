@@ -17,7 +17,7 @@ from hf_imitate import __version__
 from hf_imitate.audits.judge_family import POWER_SHARES
 from hf_imitate.audits.resampled_law import ResampledLaw
 from hf_imitate.audits.splits import QuestionSplit, split_questions
-from hf_imitate.causal_lm import commit_of, newest_commit
+from hf_imitate.causal_lm import commit_of, configs_of, named_base
 from hf_imitate.checks import check_name
 from hf_imitate.imitator import Imitator
 from hf_imitate.processed_law import ProcessedLaw
@@ -111,10 +111,8 @@ def make_plan(
     for name, other in {"base": base, "against": against, **bodies}.items():
         if isinstance(other, Imitator | nn.Module):
             values[f"{name}_weights"] = weights_fingerprint(other.model if isinstance(other, Imitator) else other)
-        elif other is not None and Path(other).is_dir():
-            values[f"{name}_weights"] = folder_fingerprint(Path(other))
         elif other is not None:
-            values[f"{name}_revision"] = newest_commit(str(other))
+            values |= _weights_at(name, str(other))
     return Plan(values, _hash(values), split, ledger)
 
 
@@ -217,6 +215,18 @@ def folder_fingerprint(folder: Path) -> str:
         with path.open("rb") as stream:
             digests.append([path.relative_to(folder).as_posix(), hashlib.file_digest(stream, "blake2b").hexdigest()])
     return _hash(digests)
+
+
+def _weights_at(name: str, repo: str, is_base: bool = False) -> dict[str, str | None]:
+    """Which weights a folder or Hub repo holds, before they are loaded: a hash or a commit, and those of a base."""
+    folder = configs_of(repo)
+    known = (
+        {f"{name}_weights": folder_fingerprint(Path(repo))}
+        if Path(repo).is_dir()
+        else {f"{name}_revision": folder.name if folder else None}
+    )
+    base = named_base(folder) if folder and not is_base else None
+    return known | (_weights_at(f"{name}_base", base, is_base=True) if base else {})
 
 
 def _rendering(imitator: Imitator) -> str:
