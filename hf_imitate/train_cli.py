@@ -120,10 +120,11 @@ def _run(name: str, *settings: Any) -> int:
     """Train, save, and perhaps push; returns the status."""
     try:
         trainer = _make_trainer(name, *settings)
+        checkpoint = trainer.resolve_checkpoint(_checkpoint(trainer.args.resume_from_checkpoint))
     except (ValueError, TypeError, OSError) as error:
         return _refused(name, error)
     args, dataset_name = trainer.args, settings[0].dataset_name
-    trainer.train(resume_from_checkpoint=_checkpoint(args.resume_from_checkpoint))
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(args.output_dir)
     trainer.create_model_card(dataset_name=dataset_name)
     trainer.accelerator.print(f"Imitator saved to {args.output_dir}.")

@@ -204,6 +204,21 @@ def test_bad_rows_are_named_without_a_traceback(name, row, said, tiny_model_dir,
     assert "secret" not in printed
 
 
+@pytest.mark.parametrize("name", train_cli.TRAINERS)
+def test_where_nothing_can_be_taken_up_it_is_said_without_a_traceback(
+    name, tiny_model_dir, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(train_cli, "_needs_several_processes", lambda: False)
+    rows, out = write_rows(tmp_path / "rows.jsonl"), tmp_path / "out"
+    line = ["--model_name_or_path", str(tiny_model_dir), "--dataset_name", str(rows), "--output_dir", str(out)]
+    if name == "adversarial":
+        line += ["--max_completion_length", "16"]
+    line += ["--use_cpu", "true", "--report_to", "none", "--resume_from_checkpoint", "true"]
+    assert cli.main([name, *line]) == 2
+    assert f"error: {out} holds no complete checkpoint to resume from." in capsys.readouterr().err
+
+
 def test_the_status_of_several_processes_is_that_of_the_first_that_failed(monkeypatch):
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
