@@ -1,7 +1,6 @@
 """Load a causal LM and its tokenizer from a folder or the Hub, adapter or full weights, without running its code."""
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from transformers import (
 from transformers.utils import find_adapter_config_file
 
 from hf_imitate.repo_checks import UnsafeRepoError, check_model_config, check_model_size, check_repo
+from hf_imitate.strict_json import StrictJSONError, read_json
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _CHECKPOINT, _OF_A_RUN = re.compile(r"checkpoint-(\d{1,18})"), "trainer_state.json"
@@ -145,12 +145,11 @@ def commit_of(repo: str) -> str | None:
     return snapshot.name if len(list(snapshot.parent.iterdir())) == 1 else None
 
 
-def configs_of(repo: str) -> Path | None:
-    """The folder of a model or adapter, with its configs at least; of a Hub repo, at the commit that its name stands
-    for now: the Hub says so, or, where it cannot be asked, the cache. `None` where neither knows it.
+def hub_configs(repo: str) -> Path | None:
+    """The folder of a Hub repo's configs, at the commit that its name stands for now, which is the folder's name.
+
+    The Hub says which, or, where it cannot be asked, the cache; `None` where neither knows the repo.
     """
-    if Path(repo).is_dir():
-        return Path(repo)
     try:
         return Path(snapshot_download(repo, allow_patterns=["config.json", "adapter_config.json"]))
     except (ValueError, OSError):  # no repo id; not on the Hub, or not for this token
@@ -160,8 +159,8 @@ def configs_of(repo: str) -> Path | None:
 def named_base(folder: Path) -> str | None:
     """The base that the adapter in a folder names; `None` where there is no adapter, or none that can be read."""
     try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = read_json(folder / "adapter_config.json")
+    except (OSError, StrictJSONError):
         return None
     base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     return base if isinstance(base, str) else None

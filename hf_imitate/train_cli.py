@@ -118,13 +118,17 @@ def _make_trainer(
 
 def _run(name: str, *settings: Any) -> int:
     """Train, save, and perhaps push; returns the status."""
+    from hf_imitate.trainers.ranks import ProcessFailure
+
+    trainer = None
     try:
         trainer = _make_trainer(name, *settings)
-        checkpoint = trainer.resolve_checkpoint(_checkpoint(trainer.args.resume_from_checkpoint))
-    except (ValueError, TypeError, OSError) as error:
+        trainer.train(resume_from_checkpoint=_checkpoint(trainer.args.resume_from_checkpoint))
+    except (ValueError, TypeError, OSError, ProcessFailure) as error:
+        if trainer is not None and trainer.state.max_steps:
+            raise  # the steps had begun: where it happened matters as well
         return _refused(name, error)
     args, dataset_name = trainer.args, settings[0].dataset_name
-    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(args.output_dir)
     trainer.create_model_card(dataset_name=dataset_name)
     trainer.accelerator.print(f"Imitator saved to {args.output_dir}.")
@@ -172,9 +176,14 @@ def _check_config_file(argv: list[str]) -> None:
 
 
 def _check_settings(script_args: "ScriptArguments", training_args: Any, model_args: Any, mixture: Any) -> None:
+    from hf_imitate.hub_cards.facts import hub_id_or_none
+
     if model_args.model_name_or_path is None:
         raise ValueError("No model to train. Give `--model_name_or_path`: a Hub id, or the directory of a model.")
-    _check_names_a_model(model_args.model_name_or_path)
+    if not Path(name := model_args.model_name_or_path).is_dir() and hub_id_or_none(name) is None:
+        raise FileNotFoundError(
+            f"`model_name_or_path` is {name!r}: no directory that is there, and no Hub id. Check its spelling."
+        )
     if script_args.dataset_name is not None:
         check_is_there(script_args.dataset_name)
     elif not mixture.datasets:
@@ -182,19 +191,6 @@ def _check_settings(script_args: "ScriptArguments", training_args: Any, model_ar
             "No data to learn from. Give `--dataset_name`: a Hub id, a .json, .jsonl, .csv or .parquet file, a "
             "directory, or `docstrings` for the embedded data; or list several under `datasets:` in the config file."
         )
-
-
-def _check_names_a_model(name: str) -> None:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        if not Path(name).is_dir():
-            raise FileNotFoundError(
-                f"`model_name_or_path` is {name!r}: no directory that is there, and no Hub id. Check its spelling."
-            ) from None
 
 
 def _launch_arguments(parser: "TrlParser", from_file: list[str], from_line: list[str]) -> list[str]:

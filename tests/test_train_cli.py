@@ -219,6 +219,19 @@ def test_where_nothing_can_be_taken_up_it_is_said_without_a_traceback(
     assert f"error: {out} holds no complete checkpoint to resume from." in capsys.readouterr().err
 
 
+def test_an_error_in_a_step_shows_where_it_happened(tiny_model_dir, tmp_path, monkeypatch):
+    def broken(self, *given, **named):
+        raise ValueError("in a step")
+
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(train_cli, "_needs_several_processes", lambda: False)
+    monkeypatch.setattr(train_cli.TRAINERS["retrodictive"].load("Trainer"), "training_step", broken)
+    line = ["--dataset_name", str(write_rows(tmp_path / "rows.jsonl")), "--output_dir", str(tmp_path / "out")]
+    line += ["--model_name_or_path", str(tiny_model_dir), "--use_cpu", "true", "--report_to", "none"]
+    with pytest.raises(ValueError, match="in a step"):
+        cli.main(["retrodictive", *line])
+
+
 def test_the_status_of_several_processes_is_that_of_the_first_that_failed(monkeypatch):
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 

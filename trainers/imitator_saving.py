@@ -82,7 +82,13 @@ class ImitatorSaving(AtomicSaving):
         """
         if self.args.push_to_hub:
             self._check_base_can_be_pushed()
-        resume_from_checkpoint = self.resolve_checkpoint(resume_from_checkpoint)
+        self.prepare_output_dir()
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(self.checkpoint_to_resume())
+        elif resume_from_checkpoint and hub_id_or_none(resume_from_checkpoint) is not None:
+            resume_from_checkpoint = str(hub_checkpoint(resume_from_checkpoint, token=self.args.hub_token))
+        if resume_from_checkpoint:
+            self.check_checkpoint(resume_from_checkpoint)
         self._step_of_weights = None
         self._note_audit()
         try:
@@ -116,23 +122,6 @@ class ImitatorSaving(AtomicSaving):
                 f"{whose} would be pushed for everybody, and its base is a local folder that nobody else has. Push "
                 f"the base to the Hub and train from its id, set `hub_private_repo=True`, or {other}."
             )
-
-    def resolve_checkpoint(self, given: str | bool | None) -> str | None:
-        """The folder that `train(resume_from_checkpoint=given)` goes on from, found whole and of this run; `None` to
-        begin.
-
-        Raises:
-            FileNotFoundError, PermissionError, ValueError: as of `train`.
-        """
-        self.prepare_output_dir()
-        if given is True:
-            given = str(self.checkpoint_to_resume())
-        elif given and hub_id_or_none(given) is not None:
-            given = str(hub_checkpoint(given, token=self.args.hub_token))
-        if not given:
-            return None
-        self.check_checkpoint(given)
-        return given
 
     def checkpoint_to_resume(self) -> Path:
         """The newest complete checkpoint in the run's folder; the log names those passed over.

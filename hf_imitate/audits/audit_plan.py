@@ -17,7 +17,7 @@ from hf_imitate import __version__
 from hf_imitate.audits.judge_family import POWER_SHARES
 from hf_imitate.audits.resampled_law import ResampledLaw
 from hf_imitate.audits.splits import QuestionSplit, split_questions
-from hf_imitate.causal_lm import commit_of, configs_of, named_base
+from hf_imitate.causal_lm import commit_of, hub_configs, named_base
 from hf_imitate.checks import check_name
 from hf_imitate.imitator import Imitator
 from hf_imitate.processed_law import ProcessedLaw
@@ -219,14 +219,12 @@ def folder_fingerprint(folder: Path) -> str:
 
 def _weights_at(name: str, repo: str, is_base: bool = False) -> dict[str, str | None]:
     """Which weights a folder or Hub repo holds, before they are loaded: a hash or a commit, and those of a base."""
-    folder = configs_of(repo)
-    known = (
-        {f"{name}_weights": folder_fingerprint(Path(repo))}
-        if Path(repo).is_dir()
-        else {f"{name}_revision": folder.name if folder else None}
-    )
+    is_local = Path(repo).is_dir()
+    folder = Path(repo) if is_local else hub_configs(repo)
+    which = None if folder is None else folder_fingerprint(folder) if is_local else folder.name
     base = named_base(folder) if folder and not is_base else None
-    return known | (_weights_at(f"{name}_base", base, is_base=True) if base else {})
+    of_base = _weights_at(f"{name}_base", base, is_base=True) if base else {}
+    return {f"{name}_{'weights' if is_local else 'revision'}": which, **of_base}
 
 
 def _rendering(imitator: Imitator) -> str:
