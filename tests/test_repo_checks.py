@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hf_imitate import Distinguisher, Imitator
-from hf_imitate.causal_lm import commit_of, hub_checkpoint
+from hf_imitate.causal_lm import commit_of, hub_checkpoint, named_base
 from hf_imitate.hub_cards.card_file import read_facts
 from hf_imitate.repo_checks import MAX_JSON_BYTES, UnsafeRepoError, check_repo, read_object
 
@@ -273,6 +273,13 @@ def test_a_base_of_the_hub_keeps_its_name_and_is_loaded_at_the_commit_that_was_r
     adapter = imitator.model.peft_config["default"]
     assert (adapter.base_model_name_or_path, adapter.revision) == ("me/base", None)
     assert commit_of("me/base") == "c" * 40
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", "[1]", '{"base_model_name_or_path": 5}', "{}"])
+def test_an_adapter_config_that_names_no_base_names_none(tmp_path, text):
+    assert named_base(tmp_path) is None
+    (tmp_path / "adapter_config.json").write_text(text, encoding="utf-8")
+    assert named_base(tmp_path) is None
 
 
 def test_a_checkpoint_of_the_hub_is_read_before_a_run_goes_on_from_it(repo, hub_cache, tmp_path):
